@@ -1,0 +1,38 @@
+"""Dense tensor functions: the only place that calls an eigensolver, an SVD or a factorisation.
+
+Everything takes and returns plain tensors; nothing here knows operators, Grams or models.
+"""
+
+from gramian.linalg.hadamard import hadamard_transform, largest_power_of_two
+from gramian.linalg.pivoting import interpolation, pivoted_nystrom, pivoted_rows
+from gramian.linalg.weighted import ReducedRank, reduced_rank, weigh, weighted_error
+from gramian.linalg.spectral import (
+    eigh,
+    eigvalsh,
+    polar,
+    psd_rank,
+    psd_root,
+    psd_solve,
+    svd,
+    svdvals,
+)
+
+__all__ = [
+    "ReducedRank",
+    "reduced_rank",
+    "weigh",
+    "weighted_error",
+    "eigh",
+    "eigvalsh",
+    "hadamard_transform",
+    "interpolation",
+    "largest_power_of_two",
+    "pivoted_nystrom",
+    "pivoted_rows",
+    "polar",
+    "psd_rank",
+    "psd_root",
+    "psd_solve",
+    "svd",
+    "svdvals",
+]

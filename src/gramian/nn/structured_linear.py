@@ -1,0 +1,218 @@
+"""Any operator as a drop-in for ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gramian.errors import GramianError
+from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection, Skeleton, Sum, from_config
+
+
+class Factor(nn.Module):
+    """Holds one factor that is not a plain matrix: a batch of blocks, indices, codes."""
+
+    def __init__(self, value: Tensor, trainable: bool) -> None:
+        super().__init__()
+        if trainable:
+            self.weight = nn.Parameter(value)
+        else:
+            self.register_buffer("weight", value)
+
+    def forward(self) -> Tensor:
+        """The factor itself."""
+        return self.weight
+
+
+class StructuredLinear(nn.Module):
+    """A linear layer ``y = x A^T + bias`` whose matrix A is an Operator.
+
+    The factors are child modules named as in ``op.factors()``: one that acts as a matrix is an ``nn.Linear`` without
+    bias (``layer.left.weight``), so that adapter libraries can target it by name; any other is a ``Factor``. The buffer
+    ``weight`` has no elements: a loader that does not know this class finds a tensor whose shape cannot match and fails
+    instead of starting from random weights; it also carries dtype and device for code that asks ``layer.weight``.
+
+    Without gradients the layer runs ``op.runtime()`` (a factor pair or the materialised matrix, whichever is faster),
+    made once and made again when a factor changes. With gradients it runs the stored factors.
+
+    Args:
+        op: shape (out, in).
+        bias: (out,) or None.
+    """
+
+    weight: Tensor
+
+    def __init__(self, op: Operator, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = op.shape
+        if bias is not None and tuple(bias.shape) != (op.shape[0],):
+            raise GramianError(f"StructuredLinear: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
+        trainable, matrices = op.trainable(), op.linear_factors()
+        for name, value in op.factors().items():
+            _attach(self, name, value, name in trainable, name in matrices)
+        self.register_buffer("weight", torch.empty(0, dtype=op.dtype, device=op.device))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        self._config = op.config()
+        self._template = from_config(self._config)  # on the meta device: structure without numbers
+        self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
+        self._prepared: tuple[tuple[Any, ...], Operator] | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "meta",
+    ) -> StructuredLinear:
+        """An uninitialised layer of a recorded structure, ready for a state dict."""
+        op = from_config(config, dtype=dtype or torch.get_default_dtype(), device=device)
+        return cls(op, torch.empty(op.shape[0], dtype=dtype, device=device) if bias else None)
+
+    def config(self) -> dict[str, Any]:
+        """What ``from_config`` needs; JSON-able."""
+        return self._config
+
+    @property
+    def op(self) -> Operator:
+        """The operator over the live factors; gradients flow to them."""
+        return self._template.replace(**{name: self._factor(name) for name in self._shapes})
+
+    def _holder(self, name: str) -> nn.Module:
+        module: nn.Module = self
+        for part in name.split("."):
+            module = getattr(module, part)
+        return module
+
+    def _factor(self, name: str) -> Tensor:
+        holder = self._holder(name)
+        weight = holder.weight
+        assert isinstance(weight, Tensor)
+        return weight.view(self._shapes[name])
+
+    def _plain(self) -> bool:
+        """Whether no adapter library has wrapped a factor."""
+        return all(isinstance(self._holder(name), Factor) or type(self._holder(name)) is nn.Linear for name in self._shapes)
+
+    def prepared(self) -> Operator:
+        """The operator in the form that runs fastest, cached until a factor changes."""
+        weights = [self._holder(name).weight for name in self._shapes]
+        key = tuple((w.data_ptr(), w._version, w.dtype) for w in weights)  # type: ignore[operator, union-attr]
+        if self._prepared is None or self._prepared[0] != key:
+            with torch.no_grad():
+                self._prepared = (key, self.op.runtime())
+        return self._prepared[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        if torch.compiler.is_compiling():
+            y = self.op.apply(x)
+        elif not self._plain():
+            y = self._through_children(self._template, "", x)
+        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            y = self.op.apply(x)
+        else:
+            op = self.prepared()
+            if isinstance(op, Dense):
+                return F.linear(x, op.weight, self.bias)
+            if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+                return F.linear(F.linear(x, op.right[0]), op.left[0], self.bias)
+            y = op.apply(x)
+        return y if self.bias is None else y + self.bias
+
+    def _through_children(self, op: Operator, prefix: str, x: Tensor) -> Tensor:
+        """The product by calling the child layers, so that what wraps them (an adapter) takes part.
+
+        Raises:
+            GramianError: the structure has no such form.
+        """
+        if isinstance(op, Dense):
+            return self._holder(prefix + "weight")(x)  # type: ignore[no-any-return]
+        if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+            return self._holder(prefix + "left")(self._holder(prefix + "right")(x))  # type: ignore[no-any-return]
+        if isinstance(op, Skeleton) and not op.by_columns:
+            first = self._holder(prefix + "basis")(x)
+            both = torch.cat([first, self._holder(prefix + "coefficients")(first)], -1)
+            return torch.zeros_like(both).index_copy(-1, self._factor(prefix + "order").long(), both)
+        if isinstance(op, Selection):
+            return op.replace(index=self._factor(prefix + "index")).apply(x)
+        if isinstance(op, Product):
+            for i in reversed(range(len(op.parts))):
+                x = self._through_children(op.parts[i], f"{prefix}parts.{i}.", x)
+            return x
+        if isinstance(op, Sum):
+            return torch.stack(
+                [self._through_children(part, f"{prefix}parts.{i}.", x) for i, part in enumerate(op.parts)]
+            ).sum(0)
+        raise GramianError(
+            f"a {op.kind} layer cannot run through wrapped factors {list(self._shapes)}; "
+            "leave its factors out of the adapter's targets"
+        )
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer as a plain ``nn.Linear``."""
+        with torch.no_grad():
+            dense = self.op.dense()
+            layer = nn.Linear(
+                self.in_features, self.out_features, self.bias is not None, device=dense.device, dtype=dense.dtype
+            )
+            layer.weight.copy_(dense)
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self._template.kind}, in_features={self.in_features}, out_features={self.out_features}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StructuredLinear:
+        self._prepared = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredLinear:
+        import copy
+
+        prepared, self._prepared = self._prepared, None
+        try:
+            fresh = self.__class__.__new__(self.__class__)
+            memo[id(self)] = fresh
+            fresh.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        finally:
+            self._prepared = prepared
+        return fresh
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+
+def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:
+    """Add `value` under the dotted `name`, making containers on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    if matrix:
+        out, in_ = value.shape[-2:]
+        holder: nn.Module = nn.Linear(in_, out, bias=False, device="meta", dtype=value.dtype)
+        holder.weight = nn.Parameter(value.detach().reshape(out, in_), requires_grad=trainable)
+    else:
+        holder = Factor(value.detach(), trainable)
+    root.add_module(last, holder)
+
+
+def as_linear(op: Operator, bias: Tensor | None = None) -> nn.Linear | StructuredLinear:
+    """A layer for `op`: a plain ``nn.Linear`` for a dense matrix, a ``StructuredLinear`` for any other."""
+    if not isinstance(op, Dense):
+        return StructuredLinear(op, bias)
+    out, in_ = op.shape
+    layer = nn.Linear(in_, out, bias is not None, device="meta")
+    layer.weight = nn.Parameter(op.weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer

@@ -1,0 +1,235 @@
+"""Operators made of operators: sums, products, transposes, multiples, Kronecker products and block diagonals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gramian.errors import GramianError
+from gramian.ops.operator import Operator, register
+
+
+class _Composite(Operator):
+    """What operators made of a tuple ``parts`` share."""
+
+    parts: tuple[Operator, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(_Composite):
+    """``parts[0] + parts[1] + ...``, all of one shape."""
+
+    kind: ClassVar[str] = "sum"
+    parts: tuple[Operator, ...]
+
+    def __post_init__(self) -> None:
+        if len({part.shape for part in self.parts}) != 1:
+            raise GramianError(f"sum: shapes {[part.shape for part in self.parts]}; expected one shape")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        y = self.parts[0].apply(x)
+        for part in self.parts[1:]:
+            y = y + part.apply(x)
+        return y
+
+    def dense(self) -> Tensor:
+        full = self.parts[0].dense()
+        for part in self.parts[1:]:
+            full = full + part.dense()
+        return full
+
+    def transpose(self) -> Operator:
+        return Sum(tuple(part.T for part in self.parts))
+
+    def runtime(self) -> Operator:
+        from gramian.ops.algebra import add
+        from gramian.ops.block_low_rank import DENSE_ABOVE
+        from gramian.ops.dense import Dense
+
+        if self.flops() > DENSE_ABOVE * 2 * self.shape[0] * self.shape[1]:
+            return Dense(self.dense())
+        return add(*(part.runtime() for part in self.parts))
+
+    def flops(self, batch: int = 1) -> int:
+        return sum(part.flops(batch) for part in self.parts) + batch * self.shape[0] * (len(self.parts) - 1)
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Product(_Composite):
+    """``parts[0] @ parts[1] @ ...``: the last part acts first."""
+
+    kind: ClassVar[str] = "product"
+    parts: tuple[Operator, ...]
+
+    def __post_init__(self) -> None:
+        for a, b in zip(self.parts, self.parts[1:], strict=False):
+            if a.shape[1] != b.shape[0]:
+                raise GramianError(f"product: {a.shape} @ {b.shape}; expected equal inner sizes")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.parts[0].shape[0], self.parts[-1].shape[1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            x = part.apply(x)
+        return x
+
+    def dense(self) -> Tensor:
+        full = self.parts[-1].dense()
+        for part in reversed(self.parts[:-1]):
+            full = part.apply(full.mT).mT
+        return full
+
+    def transpose(self) -> Operator:
+        return Product(tuple(part.T for part in reversed(self.parts)))
+
+    def runtime(self) -> Operator:
+        from gramian.ops.algebra import compose
+        from gramian.ops.block_low_rank import DENSE_ABOVE
+        from gramian.ops.dense import Dense
+
+        if self.flops() > DENSE_ABOVE * 2 * self.shape[0] * self.shape[1]:
+            return Dense(self.dense())
+        return compose(*(part.runtime() for part in self.parts))
+
+    def flops(self, batch: int = 1) -> int:
+        return sum(part.flops(batch) for part in self.parts)
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Transpose(Operator):
+    """The transpose of a structure that has no transposed form of its own; products run on the dense matrix."""
+
+    kind: ClassVar[str] = "transpose"
+    base: Operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape[::-1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x @ self.base.dense()
+
+    def transpose(self) -> Operator:
+        return self.base
+
+    def dense(self) -> Tensor:
+        return self.base.dense().mT
+
+    def runtime(self) -> Operator:
+        from gramian.ops.dense import Dense
+
+        return Dense(self.dense())
+
+    @property
+    def numel(self) -> int:
+        return self.base.numel
+
+    def flops(self, batch: int = 1) -> int:
+        return 2 * batch * self.shape[0] * self.shape[1]
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Scaled(Operator):
+    """``factor * base``; factor is a scalar tensor of shape ()."""
+
+    kind: ClassVar[str] = "scaled"
+    factor: Tensor
+    base: Operator
+
+    def __post_init__(self) -> None:
+        self._check(self.factor.dim() == 0, "a scalar factor")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.factor * self.base.apply(x)
+
+    def dense(self) -> Tensor:
+        return self.factor * self.base.dense()
+
+    def transpose(self) -> Operator:
+        return Scaled(self.factor, self.base.T)
+
+    @property
+    def numel(self) -> int:
+        return self.base.numel + 1
+
+    def flops(self, batch: int = 1) -> int:
+        return self.base.flops(batch) + batch * self.shape[0]
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Kron(Operator):
+    """``left (x) right`` of any two operators, in the order of ``torch.kron``."""
+
+    kind: ClassVar[str] = "kron"
+    left: Operator
+    right: Operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        batch = x.shape[:-1]
+        y = self.right.apply(x.reshape(*batch, self.left.shape[1], self.right.shape[1]))
+        return self.left.apply(y.mT).mT.reshape(*batch, self.shape[0])
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.left.dense().contiguous(), self.right.dense().contiguous())
+
+    def transpose(self) -> Operator:
+        return Kron(self.left.T, self.right.T)
+
+    @property
+    def numel(self) -> int:
+        return self.left.numel + self.right.numel
+
+    def flops(self, batch: int = 1) -> int:
+        return self.right.flops(batch * self.left.shape[1]) + self.left.flops(batch * self.right.shape[0])
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockDiag(_Composite):
+    """``parts`` along the diagonal; they may be rectangular and of different sizes."""
+
+    kind: ClassVar[str] = "block_diag"
+    parts: tuple[Operator, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (sum(part.shape[0] for part in self.parts), sum(part.shape[1] for part in self.parts))
+
+    def apply(self, x: Tensor) -> Tensor:
+        pieces = x.split([part.shape[1] for part in self.parts], dim=-1)
+        return torch.cat([part.apply(piece) for part, piece in zip(self.parts, pieces, strict=True)], dim=-1)
+
+    def dense(self) -> Tensor:
+        return torch.block_diag(*(part.dense() for part in self.parts))
+
+    def transpose(self) -> Operator:
+        return BlockDiag(tuple(part.T for part in self.parts))
+
+    def flops(self, batch: int = 1) -> int:
+        return sum(part.flops(batch) for part in self.parts)

@@ -1,0 +1,399 @@
+"""Group-wise rounding to a grid of 2 to 8 bits, optionally after a random-sign Hadamard rotation of the input.
+
+    A = Q S,   Q[i, j] = scale[i, j // group] * level[code[i, j]],   S = blockwise Hadamard of random signs, or I
+
+The rotation makes the entries nearly Gaussian, so a grid that is optimal for a Gaussian is nearly optimal for them, and
+the rounding error relative to the weight is a constant of the grid (Malinovskii et al. 2024, "Pushing the Limits of Large
+Language Model Quantization via the Linearity Theorem", HIGGS).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramian.errors import GramianError
+from gramian.linalg import hadamard_transform, largest_power_of_two
+from gramian.ops.dense import Dense
+from gramian.ops.operator import Operator, Size, register
+
+GRIDS = ("uniform", "gaussian")
+DAMPING = 1e-2
+"""Added to the input Gram's diagonal, relative to its mean, before error feedback."""
+
+
+@register
+@dataclass(frozen=True, eq=False, repr=False)
+class Quantized(Operator):
+    """A matrix rounded to a few bits per entry.
+
+    Args:
+        codes: (out, ceil(in * bits / 8)) uint8, the grid indices packed bit by bit along the input.
+        scales: (out, ceil(in / group)) floating point.
+        signs: (ceil(in / 8),) uint8, packed random signs of the rotation; empty for none.
+        columns: in.
+        bits: 2 to 8.
+        group: input channels that share a scale.
+        grid: "uniform" (equally spaced levels) or "gaussian" (Lloyd-Max levels of a unit Gaussian).
+        rotation: block length of the Hadamard rotation, a power of two that divides in; 1 for none.
+    """
+
+    kind: ClassVar[str] = "quantized"
+    fittable: ClassVar[bool] = True
+    codes: Tensor
+    scales: Tensor
+    signs: Tensor
+    columns: int
+    bits: int
+    group: int
+    grid: str = "gaussian"
+    rotation: int = 1
+
+    def __post_init__(self) -> None:
+        self._check(
+            self.codes.dim() == 2
+            and 2 <= self.bits <= 8
+            and self.codes.shape[1] == -(-self.columns * self.bits // 8)
+            and self.scales.shape == (self.codes.shape[0], -(-self.columns // self.group))
+            and self.grid in GRIDS
+            and self.columns % self.rotation == 0,
+            f"bits 2 to 8, grid in {GRIDS}, rotation that divides {self.columns}, codes (out, in bits / 8), "
+            "scales (out, in / group)",
+        )
+        grid_levels(self.grid, self.bits)  # found once, before any compiled code needs it
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.columns)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 when the scales are in half precision (their storage format), else the scales' own dtype."""
+        return torch.float32 if self.scales.dtype == torch.float16 else self.scales.dtype
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """``x S^T``: x (..., in) -> (..., in)."""
+        if self.rotation == 1:
+            return x
+        signs = _unpack(self.signs[None], 1, self.columns)[0].to(x.dtype) * 2 - 1
+        y = (x * signs).reshape(*x.shape[:-1], self.columns // self.rotation, self.rotation)
+        return hadamard_transform(y).reshape(x.shape)
+
+    def rounded(self) -> Tensor:
+        """Q: the rounded matrix (out, in), in rotated coordinates."""
+        codes = _unpack(self.codes, self.bits, self.columns)
+        levels = grid_levels(self.grid, self.bits).to(self.scales.device, self.dtype)
+        scales = self.scales.to(self.dtype).repeat_interleave(self.group, 1)[:, : self.columns]
+        return levels[codes] * scales
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(self.rotate(x), self.rounded().to(x.dtype))
+
+    def transpose(self) -> Operator:
+        from gramian.ops.combinators import Transpose
+
+        return Transpose(self)
+
+    def dense(self) -> Tensor:
+        rounded = self.rounded()
+        if self.rotation == 1:
+            return rounded
+        # A = Q S with S = H D and H symmetric: rows of Q are Hadamard-transformed, then signed.
+        blocks = rounded.reshape(len(rounded), self.columns // self.rotation, self.rotation)
+        signs = _unpack(self.signs[None], 1, self.columns)[0].to(rounded.dtype) * 2 - 1
+        return hadamard_transform(blocks).reshape(rounded.shape) * signs
+
+    def runtime(self) -> Operator:
+        return Dense(self.dense())
+
+    @property
+    def numel(self) -> int:
+        """How many weights are stored: one a matrix entry, the scales, and the signs if there are any."""
+        return self.shape[0] * self.columns + self.scales.numel() + (self.columns if self.rotation > 1 else 0)
+
+    def flops(self, batch: int = 1) -> int:
+        rotation = self.columns * int(math.log2(self.rotation)) + self.columns if self.rotation > 1 else 0
+        return batch * (2 * self.shape[0] * self.columns + rotation)
+
+    @classmethod
+    def fit(
+        cls,
+        weight: Tensor,
+        *,
+        gram_in: Tensor | None = None,
+        gram_out: Tensor | None = None,
+        bits: int = 4,
+        group: int = 128,
+        grid: str = "gaussian",
+        rotate: bool = True,
+        feedback: bool = True,
+        passes: int = 3,
+        seed: int = 0,
+        **size: Any,
+    ) -> Quantized:
+        """Round to the grid; with an input Gram, let later columns make up for the errors of earlier ones.
+
+        The error ``tr(D G D^T)`` couples the columns of one row. A first pass rounds column by column and moves each
+        column's target by the errors already made (GPTQ, Frantar et al. 2023; the LDLQ of QuIP, Chee et al. 2023).
+        Further `passes` are coordinate descent on the same objective: refit every scale (least squares), then visit
+        each column again and round it to its best level given all others; the objective never rises.
+
+        Rows are treated apart, so `gram_out` does not enter.
+
+        Args:
+            bits: 2 to 8.
+            group: input channels that share a scale.
+            grid: "uniform" or "gaussian".
+            rotate: rotate the input by a random-sign Hadamard transform first.
+            feedback: use `gram_in`'s off-diagonal; False rounds to nearest.
+            passes: coordinate-descent passes after the first.
+            seed: of the random signs.
+        """
+        if not 2 <= bits <= 8:
+            raise GramianError(f"quantized: bits {bits}; expected 2 to 8")
+        if grid not in GRIDS:
+            raise GramianError(f"quantized: grid {grid!r}; expected one of {GRIDS}")
+        out, in_ = weight.shape
+        group = min(group, max(in_, 1))
+        block = min(largest_power_of_two(in_), 128) if rotate and in_ else 1
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (in_ if block > 1 else 0,), generator=generator)
+
+        def turn(x: Tensor) -> Tensor:
+            if block == 1:
+                return x
+            y = (x * (signs * 2 - 1).to(x)).reshape(len(x), in_ // block, block)
+            return hadamard_transform(y).reshape(x.shape)
+
+        w = turn(weight.double())
+        gram = None
+        if gram_in is not None:
+            full = torch.diag(gram_in) if gram_in.dim() == 1 else gram_in
+            gram = turn(turn(full.double()).mT.contiguous())
+        levels = grid_levels(grid, bits).double()
+        importance = None if gram is None else gram.diagonal()
+        scales = _scales(w, levels, group, importance)
+        if gram is None or not feedback:
+            codes = _nearest(w / _spread(scales, group, in_), levels)
+        else:
+            codes, scales = _round_with_feedback(w, gram, scales, levels, group, passes)
+        return cls(
+            _pack(codes, bits),
+            scales.to(torch.float16),
+            _pack(signs[None], 1)[0] if block > 1 else torch.empty(0, dtype=torch.uint8),
+            in_,
+            bits,
+            group,
+            grid,
+            block,
+        )
+
+    @classmethod
+    def init(
+        cls, shape: tuple[int, int], *, generator: torch.Generator | None = None, **size: Any
+    ) -> Quantized:
+        from gramian.ops.dense import spectral_normal
+
+        return cls.fit(spectral_normal(shape, generator), **size)
+
+    @classmethod
+    def bytes_for(cls, shape: tuple[int, int], bits: int, group: int = 128) -> int:
+        """Bytes a member of this size stores: codes, half-precision scales and packed signs."""
+        out, in_ = shape
+        return out * -(-in_ * bits // 8) + 2 * out * -(-in_ // min(group, max(in_, 1))) + -(-in_ // 8)
+
+    @classmethod
+    def sizes(cls, shape: tuple[int, int], keep: float) -> list[Size]:
+        """Rounding saves bytes, not numbers: every entry keeps a code, so `keep` must be above one."""
+        return [{"bits": b} for b in range(8, 1, -1)] if keep > 1 else []
+
+
+_LEVELS: dict[tuple[str, int], list[float]] = {}
+"""Grids already found, as plain numbers: a table that compiled code can read as constants."""
+
+
+def grid_levels(grid: str, bits: int) -> Tensor:
+    """The levels (2^bits,) of a grid, ascending float64.
+
+    "uniform": equally spaced in [-1, 1], symmetric about zero. "gaussian": the Lloyd-Max quantiser of a unit Gaussian,
+    the fixed point of "boundaries half-way between levels, levels at the mean of their cell".
+    """
+    if (grid, bits) not in _LEVELS:
+        _LEVELS[grid, bits] = _find_levels(grid, bits).tolist()
+    return torch.tensor(_LEVELS[grid, bits], dtype=torch.float64)
+
+
+def _find_levels(grid: str, bits: int) -> Tensor:
+    count = 2**bits
+    uniform = (2 * torch.arange(count, dtype=torch.float64) - (count - 1)) / (count - 1)
+    if grid == "uniform":
+        return uniform
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    # Panter-Dite companding is close to the optimum, so Newton's method on the fixed point converges in a few steps.
+    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count) * math.sqrt(3)
+    edge = torch.tensor([40.0], dtype=torch.float64)
+
+    def gap(points: Tensor) -> Tensor:
+        bounds = torch.cat([-edge, (points[1:] + points[:-1]) / 2, edge])
+        density = torch.exp(normal.log_prob(bounds))
+        mass = normal.cdf(bounds[1:]) - normal.cdf(bounds[:-1])
+        # Upper tails by symmetry: 1 - cdf loses all digits there.
+        mass = torch.where(bounds[:-1] > 0, normal.cdf(-bounds[:-1]) - normal.cdf(-bounds[1:]), mass)
+        return points - (density[:-1] - density[1:]) / mass
+
+    for _ in range(60):
+        step = torch.linalg.solve(torch.func.jacrev(gap)(levels), gap(levels))
+        # Half of the least spacing: the levels stay in order.
+        limit = float((levels[1:] - levels[:-1]).min()) / 2
+        levels = levels - step * min(1.0, limit / max(float(step.abs().max()), 1e-300))
+        if float(step.abs().max()) < 1e-12:
+            break
+    return (levels - levels.flip(0)) / 2
+
+
+def grid_error(grid: str, bits: int) -> float:
+    """Mean squared error of the grid on a unit Gaussian at the best scale: the constant t^2 of the linearity theorem."""
+    levels = grid_levels(grid, bits)
+    points = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(40_001, dtype=torch.float64) + 0.5) / 40_001)
+    scales = torch.ones(1) if grid == "gaussian" else torch.linspace(1.0, 5.0, 81)
+    return min(float((points - levels[_nearest(points / s, levels)] * s).square().mean()) for s in scales.tolist())
+
+
+def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+
+
+def _spread(scales: Tensor, group: int, columns: int) -> Tensor:
+    return scales.repeat_interleave(group, 1)[:, :columns]
+
+
+def _grouped(w: Tensor, group: int) -> Tensor:
+    out, in_ = w.shape
+    groups = -(-in_ // group)
+    return F.pad(w, (0, groups * group - in_)).reshape(out, groups, group)
+
+
+def _scales(w: Tensor, levels: Tensor, group: int, importance: Tensor | None) -> Tensor:
+    """The scale (out, groups) of least (importance-weighted) squared error among a fan of candidates."""
+    tiles = _grouped(w, group)
+    weights = torch.ones_like(tiles) if importance is None else _grouped(importance[None], group).expand_as(tiles)
+    top = tiles.abs().amax(-1) / levels[-1]
+    rms = tiles.square().mean(-1).sqrt()
+    best = torch.full_like(top, math.inf)
+    found = top.clone()
+    candidates = [top * f for f in torch.linspace(0.35, 1.0, 24).tolist()]
+    if float(levels[-1]) > 1.0 + 1e-9:  # a Gaussian grid: its natural scale is the standard deviation
+        candidates += [rms * f for f in torch.linspace(0.85, 1.1, 6).tolist()]
+    for scale in candidates:
+        scale = scale.half().double()
+        safe = scale.clamp_min(1e-30)[..., None]
+        error = ((tiles - levels[_nearest(tiles / safe, levels)] * safe).square() * weights).sum(-1)
+        better = error < best
+        best, found = torch.where(better, error, best), torch.where(better, scale, found)
+    return found.half().double().clamp_min(2**-24)
+
+
+def _round_with_feedback(
+    w: Tensor, gram: Tensor, scales: Tensor, levels: Tensor, group: int, passes: int
+) -> tuple[Tensor, Tensor]:
+    """Codes (out, in) and scales of a small ``tr((W - Q) G (W - Q)^T)``."""
+    out, in_ = w.shape
+    damp = DAMPING * gram.diagonal().mean().clamp_min(1e-30)
+    gram = gram + damp * torch.eye(in_, dtype=gram.dtype, device=gram.device)
+    spread = _spread(scales, group, in_)
+    # Largest diagonal first: the columns that matter most are rounded while others can still make up for them.
+    order = gram.diagonal().argsort(descending=True)
+    codes = torch.zeros(out, in_, dtype=torch.int64, device=w.device)
+    inverse = torch.linalg.inv(gram[order][:, order])
+    feedback = torch.linalg.cholesky(inverse).mT  # upper: row j carries the error of column j forward
+    target = w[:, order].clone()
+    width = 128
+    for start in range(0, in_, width):
+        stop = min(start + width, in_)
+        errors = torch.zeros(out, stop - start, dtype=w.dtype, device=w.device)
+        block = target[:, start:stop]
+        for j in range(start, stop):
+            column = int(order[j])
+            scale = spread[:, column]
+            code = _nearest(block[:, j - start].contiguous() / scale, levels)
+            codes[:, column] = code
+            errors[:, j - start] = (block[:, j - start] - levels[code] * scale) / feedback[j, j]
+            block[:, j - start + 1 :] -= torch.outer(errors[:, j - start], feedback[j, j + 1 : stop])
+        target[:, stop:] -= errors @ feedback[start:stop, stop:]
+    for _ in range(passes):
+        scales = _refit_scales(w, gram, levels[codes], scales, group)
+        spread = _spread(scales, group, in_)
+        if not _descend(w, gram, codes, spread, levels):
+            break
+    return codes, _refit_scales(w, gram, levels[codes], scales, group)
+
+
+def _refit_scales(w: Tensor, gram: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Least-squares scales for fixed codes, rounded to half precision; rows that would not gain keep theirs."""
+    out, in_ = w.shape
+    groups = scales.shape[1]
+    member = torch.zeros(in_, groups, dtype=w.dtype, device=w.device)
+    member[torch.arange(in_), torch.arange(in_) // group] = 1
+    parts = _grouped(values, group)
+    padded = F.pad(gram, (0, groups * group - in_, 0, groups * group - in_)).reshape(groups, group, groups, group)
+    normal = torch.einsum("oag,agbh,obh->oab", parts, padded, parts)
+    right = ((w @ gram) * values) @ member
+    eye = torch.eye(groups, dtype=w.dtype, device=w.device)
+    ridge = 1e-9 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
+    fresh = torch.linalg.solve(normal + ridge + 1e-30 * eye, right).half().double()
+
+    def objective(s: Tensor) -> Tensor:
+        return torch.einsum("oa,oab,ob->o", s, normal, s) - 2 * (s * right).sum(1)
+
+    better = (objective(fresh) < objective(scales)) & (fresh > 0).all(1) & fresh.isfinite().all(1)
+    return torch.where(better[:, None], fresh, scales)
+
+
+def _descend(w: Tensor, gram: Tensor, codes: Tensor, spread: Tensor, levels: Tensor) -> bool:
+    """One pass of coordinate descent over the columns, in place on `codes`; whether any code changed."""
+    out, in_ = w.shape
+    residual = w - levels[codes] * spread
+    pull = residual @ gram  # kept in step block by block
+    diagonal = gram.diagonal()
+    changed = False
+    width = 128
+    for start in range(0, in_, width):
+        stop = min(start + width, in_)
+        local = pull[:, start:stop].clone()
+        moves = torch.zeros(out, stop - start, dtype=w.dtype, device=w.device)
+        inner = gram[start:stop, start:stop]
+        for j in range(start, stop):
+            old = levels[codes[:, j]] * spread[:, j]
+            best = old + local[:, j - start] / diagonal[j]
+            code = _nearest(best / spread[:, j], levels)
+            fresh = levels[code] * spread[:, j]
+            move = old - fresh  # change of the residual
+            changed = changed or bool((code != codes[:, j]).any())
+            codes[:, j] = code
+            moves[:, j - start] = move
+            local += torch.outer(move, inner[j - start])
+        pull += moves @ gram[start:stop]
+    return changed
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) integers below 2^bits -> (rows, ceil(n bits / 8)) uint8, least significant bit first."""
+    rows, n = codes.shape
+    flat = ((codes[..., None] >> torch.arange(bits, device=codes.device)) & 1).reshape(rows, n * bits)
+    flat = F.pad(flat, (0, -n * bits % 8)).reshape(rows, -1, 8)
+    return (flat << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of ``_pack``: (rows, n) int64."""
+    rows = packed.shape[0]
+    if bits == 8:
+        return packed.long()
+    flat = (packed[..., None].int() >> torch.arange(8, device=packed.device, dtype=torch.int32)) & 1
+    flat = flat.reshape(rows, -1)[:, : n * bits].reshape(rows, n, bits)
+    return (flat << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1)
