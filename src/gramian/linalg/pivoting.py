@@ -62,7 +62,7 @@ def pivoted_nystrom(gram: Tensor, weight: Tensor, *, block: int = 64, jitter: fl
     alive = torch.ones(n, dtype=torch.bool)
     diagonal = residual.diagonal().clone()
     cross = (product * residual).sum(1)  # (S A S)_jj
-    floor = diagonal.mean() * jitter * 1e-3
+    floor = (diagonal.mean() * jitter * 1e-3).clamp_min(torch.finfo(torch.float32).tiny)
     order: list[int] = []
     gains: list[float] = []
     done = 0

@@ -40,7 +40,7 @@ class BlockLowRank(Operator):
     Args:
         left: (J, s, t * K), rank index outer and column block inner.
         right: (K, J * t, p).
-        rows, columns: true size; J s and K p may be larger (padding inside the operator).
+        rows, columns: true size; s and p are rows / J and columns / K rounded up (padding inside the operator).
         strided_rows, strided_columns: how rows and columns are cut into blocks.
     """
 
@@ -59,8 +59,10 @@ class BlockLowRank(Operator):
         fits = left.dim() == 3 and right.dim() == 3
         if fits:
             (j, s, tk), (k, jt, p) = left.shape, right.shape
-            fits = tk * j == jt * k and j * s >= self.rows and k * p >= self.columns
-        self._check(fits, f"left (J, s, t K) and right (K, J t, p) with J s >= {self.rows} and K p >= {self.columns}")
+            fits = j > 0 and k > 0 and tk * j == jt * k and tk % k == 0
+            fits = fits and s == -(-self.rows // j) and p == -(-self.columns // k)
+        expected = f"left (J, s, t K) and right (K, J t, p) with s = ceil({self.rows} / J), p = ceil({self.columns} / K)"
+        self._check(fits, expected)
 
     # Named constructors ------------------------------------------------------------------------------------------
 
@@ -76,8 +78,11 @@ class BlockLowRank(Operator):
 
         Args:
             first: R, (b, q, in / b): block k maps its slice of the input to q numbers.
-            second: L, (b, out / b, q): block j maps the j-th interleaved group of b numbers to its slice of the
-                output; q must be a multiple of b.
+            second: L, (b, out / b, q): block j maps every b-th of those b q numbers, from the j-th on, to every b-th
+                number of the output, from the j-th on; q must be a multiple of b.
+
+        Raises:
+            GramianError: the shapes do not fit together.
         """
         b, q, p = first.shape
         if second.shape[0] != b or second.shape[2] != q or q % b:
@@ -86,9 +91,10 @@ class BlockLowRank(Operator):
                 "(b, s, q) with q a multiple of b"
             )
         s, t = second.shape[1], q // b
-        # The permutation sends entry (k, i) of the first stage to place k + i b of a b x q grid; read row-major in
-        # groups of q, group j holds i = j t .. j t + t - 1 for every k, k innermost: exactly `left`'s (t, K) order.
-        return cls(second, first.reshape(b, b * t, p), b * s, b * p, strided_rows=True)
+        # Group j takes the entries i = j, j + b, j + 2b, ... of every first block k, k outermost.
+        right = first.reshape(b, t, b, p).transpose(1, 2).reshape(b, b * t, p)
+        left = second.reshape(b, s, b, t).transpose(2, 3).reshape(b, s, t * b)
+        return cls(left, right, b * s, b * p, strided_rows=True)
 
     @classmethod
     def block_dense(cls, left: Tensor, right: Tensor) -> BlockLowRank:
@@ -123,8 +129,8 @@ class BlockLowRank(Operator):
         return (self.rows, self.columns)
 
     def apply(self, x: Tensor) -> Tensor:
-        (j, s, tk), (k, jt, p) = self.left.shape, self.right.shape
-        if j == 1 and k == 1 and s == self.rows and p == self.columns:
+        (j, s, tk), (k, _, p) = self.left.shape, self.right.shape
+        if j == 1 and k == 1:
             return F.linear(F.linear(x, self.right[0]), self.left[0])
         batch = x.shape[:-1]
         if k * p > self.columns:
@@ -156,7 +162,8 @@ class BlockLowRank(Operator):
     @property
     def balanced(self) -> BlockLowRank:
         """The same matrix with equally large factors (each block's two factors share its singular values): the gauge
-        for training. The stored gauge of a fit is not balanced."""
+        for training. The stored gauge of a fit is not balanced.
+        """
         (j, s, tk), (k, _, p) = self.left.shape, self.right.shape
         t = tk // k
         left = self.left.reshape(j, s, t, k).permute(0, 3, 1, 2)  # (J, K, s, t)
@@ -216,8 +223,8 @@ class BlockLowRank(Operator):
         g = _padded_gram(gram_in, column_order)
         h = _padded_gram(gram_out, row_order)
         columns = w.reshape(j, s, k, p)
-        root_in = _block_roots(g, k, p)
-        root_out = _block_roots(h, j, s)
+        root_in = _block_roots(g, k, p, w)
+        root_out = _block_roots(h, j, s, w)
 
         def truncate(target: Tensor, index: int) -> tuple[Tensor, Tensor]:
             """Rank-t factors (J, s, t), (J, t, p) of the block column `target` (J, s, p)."""
@@ -233,9 +240,6 @@ class BlockLowRank(Operator):
                     span = slice(i * p, (i + 1) * p)
                     inverse = root_in[1][i] @ root_in[1][i]
                     target = approx[:, span] + (w - approx) @ g[:, span] @ inverse
-                    # Directions of this block that the Gram never saw keep the weight's own action.
-                    seen = root_in[0][i] @ root_in[1][i]
-                    target = target @ seen + w[:, span] @ (torch.eye(p, dtype=w.dtype, device=w.device) - seen)
                     u, v = truncate(target.reshape(j, s, p), i)
                     found[i] = (u, v)
                     approx[:, span] = (u @ v).reshape(j * s, p)
@@ -302,10 +306,10 @@ def _padded_gram(gram: Tensor | None, order: Tensor) -> Tensor | None:
     return _padded(gram, order, order)
 
 
-def _block_roots(gram: Tensor | None, blocks: int, width: int) -> tuple[Tensor, Tensor]:
+def _block_roots(gram: Tensor | None, blocks: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Roots and inverse roots (blocks, width, width) of a Gram's diagonal blocks; the identity for None."""
     if gram is None:
-        eye = torch.eye(width, dtype=torch.float64).expand(blocks, width, width)
+        eye = torch.eye(width, dtype=like.dtype, device=like.device).expand(blocks, width, width)
         return eye, eye
     pairs = []
     for i in range(blocks):

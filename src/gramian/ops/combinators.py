@@ -22,6 +22,15 @@ class _Composite(Operator):
         return sum(part.numel for part in self.parts)
 
 
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise GramianError(f"{self.kind}: no parts; expected at least one")
+
+    def _dense_parts(self) -> list[Tensor]:
+        """Each part's matrix; parts that store no numbers (an identity) follow the dtype and device of the others."""
+        return [part.dense().to(self.device, self.dtype) for part in self.parts]
+
+
 @register
 @dataclass(frozen=True, eq=False, repr=False)
 class Sum(_Composite):
@@ -31,6 +40,7 @@ class Sum(_Composite):
     parts: tuple[Operator, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len({part.shape for part in self.parts}) != 1:
             raise GramianError(f"sum: shapes {[part.shape for part in self.parts]}; expected one shape")
 
@@ -45,10 +55,10 @@ class Sum(_Composite):
         return y
 
     def dense(self) -> Tensor:
-        full = self.parts[0].dense()
-        for part in self.parts[1:]:
-            full = full + part.dense()
-        return full
+        first, *others = self._dense_parts()
+        for other in others:
+            first = first + other
+        return first
 
     def transpose(self) -> Operator:
         return Sum(tuple(part.T for part in self.parts))
@@ -75,6 +85,7 @@ class Product(_Composite):
     parts: tuple[Operator, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for a, b in zip(self.parts, self.parts[1:], strict=False):
             if a.shape[1] != b.shape[0]:
                 raise GramianError(f"product: {a.shape} @ {b.shape}; expected equal inner sizes")
@@ -89,7 +100,7 @@ class Product(_Composite):
         return x
 
     def dense(self) -> Tensor:
-        full = self.parts[-1].dense()
+        full = self.parts[-1].dense().to(self.device, self.dtype)
         for part in reversed(self.parts[:-1]):
             full = part.apply(full.mT).mT
         return full
@@ -123,7 +134,7 @@ class Transpose(Operator):
         return self.base.shape[::-1]
 
     def apply(self, x: Tensor) -> Tensor:
-        return x @ self.base.dense()
+        return x @ self.base.dense().to(x.dtype)
 
     def transpose(self) -> Operator:
         return self.base
@@ -196,7 +207,8 @@ class Kron(Operator):
         return self.left.apply(y.mT).mT.reshape(*batch, self.shape[0])
 
     def dense(self) -> Tensor:
-        return torch.kron(self.left.dense().contiguous(), self.right.dense().contiguous())
+        left, right = (op.dense().to(self.device, self.dtype).contiguous() for op in (self.left, self.right))
+        return torch.kron(left, right)
 
     def transpose(self) -> Operator:
         return Kron(self.left.T, self.right.T)
@@ -226,7 +238,7 @@ class BlockDiag(_Composite):
         return torch.cat([part.apply(piece) for part, piece in zip(self.parts, pieces, strict=True)], dim=-1)
 
     def dense(self) -> Tensor:
-        return torch.block_diag(*(part.dense() for part in self.parts))
+        return torch.block_diag(*self._dense_parts())
 
     def transpose(self) -> Operator:
         return BlockDiag(tuple(part.T for part in self.parts))

@@ -33,6 +33,7 @@ class Diagonal(Operator):
         return (self.values.shape[0], self.values.shape[0])
 
     def apply(self, x: Tensor) -> Tensor:
+        self._check(x.shape[-1] == len(self.values), f"x (..., {len(self.values)})")
         return x * self.values
 
     def transpose(self) -> Diagonal:
@@ -51,14 +52,14 @@ class Diagonal(Operator):
         """Exact weighted optimum: ``(H * G) d = diag(H W G)``, one linear system in the n diagonal entries."""
         if weight.shape[0] != weight.shape[1]:
             raise GramianError(f"diagonal needs a square matrix, found {tuple(weight.shape)}")
-        full = _as_matrix(gram_in), _as_matrix(gram_out)
-        if full == (None, None):
+        if gram_in is None and gram_out is None:
             return cls(weight.diagonal().clone())
         from gramian.linalg import psd_solve
 
+        grams = gram_in, gram_out
         w = weight.to(torch.float64)
         eye = torch.eye(len(w), dtype=w.dtype, device=w.device)
-        g, h = (eye if gram is None else gram.to(w) for gram in full)
+        g, h = (eye if gram is None else torch.diag(gram.to(w)) if gram.dim() == 1 else gram.to(w) for gram in grams)
         values = psd_solve(h * g, (h @ w @ g).diagonal()[:, None])[:, 0]
         return cls(values.to(weight.dtype))
 
@@ -114,6 +115,7 @@ class Permutation(Operator):
         return (self.index.shape[0], self.index.shape[0])
 
     def apply(self, x: Tensor) -> Tensor:
+        self._check(x.shape[-1] == len(self.index), f"x (..., {len(self.index)})")
         return x.index_select(-1, self.index)
 
     def transpose(self) -> Permutation:
@@ -151,9 +153,9 @@ class Selection(Operator):
         return (self.size, k) if self.scatter else (k, self.size)
 
     def apply(self, x: Tensor) -> Tensor:
+        self._check(x.shape[-1] == self.shape[1], f"x (..., {self.shape[1]})")
         if not self.scatter:
             return x.index_select(-1, self.index)
-        self._check(x.shape[-1] == self.index.shape[0], f"x (..., {self.index.shape[0]})")
         return x.new_zeros(*x.shape[:-1], self.size).index_copy(-1, self.index.long(), x)
 
     def transpose(self) -> Selection:
@@ -161,7 +163,3 @@ class Selection(Operator):
 
     def flops(self, batch: int = 1) -> int:
         return 0
-
-
-def _as_matrix(gram: Tensor | None) -> Tensor | None:
-    return torch.diag(gram) if gram is not None and gram.dim() == 1 else gram

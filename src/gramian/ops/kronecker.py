@@ -15,6 +15,9 @@ from gramian.ops.block_low_rank import DENSE_ABOVE
 from gramian.ops.dense import Dense, spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
+FILLS = 200
+"""At most so many fills of the padding when sizes do not divide."""
+
 
 @register
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,27 +91,40 @@ class KroneckerSum(Operator):
         **size: Any,
     ) -> KroneckerSum:
         """The Frobenius optimum by the rearrangement of Van Loan and Pitsianis (1993): the SVD of the matrix whose rows
-        are the vectorised blocks. The Grams are not used here; ``gramian.fit.fit`` starts from this and polishes.
+        are the vectorised blocks. Where the sizes do not divide, what the padding holds is free: it is filled with the
+        approximation itself until it settles (the error falls with every fill). The Grams are not used here;
+        ``gramian.fit.fit`` starts from this and polishes.
 
         Args:
+            weight: (out, in).
+            gram_in: ignored.
+            gram_out: ignored.
             terms: K.
             left: (m1, n1), the size of the left factors; near the square roots of the shape by default.
+            size: nothing else.
         """
         out, in_ = weight.shape
         m1, n1 = left if left is not None else (_near_root(out), _near_root(in_))
         if not (1 <= m1 <= out and 1 <= n1 <= in_):
             raise GramianError(f"kronecker: left factor {m1} x {n1} for {out} x {in_}; expected at most that")
         m2, n2 = -(-out // m1), -(-in_ // n1)
-        padded = F.pad(weight, (0, n1 * n2 - in_, 0, m1 * m2 - out)).double()
-        rearranged = padded.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
-        u, sigma, vh = svd(rearranged)
-        k = min(terms, len(sigma))
-        root = sigma[:k].sqrt()
+        padding = (0, n1 * n2 - in_, 0, m1 * m2 - out)
+
+        def rearrange(matrix: Tensor) -> Tensor:
+            padded = F.pad(matrix, padding).reshape(m1, m2, n1, n2)
+            return padded.permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
+
+        wanted, real = rearrange(weight.double()), rearrange(torch.ones_like(weight)) > 0
+        target, k = wanted, min(terms, m1 * n1, m2 * n2)
+        for _ in range(1 if not any(padding) else FILLS):
+            u, sigma, vh = svd(target)
+            left_factors, right_factors = u[:, :k] * sigma[:k].sqrt(), sigma[:k, None].sqrt() * vh[:k]
+            filled = torch.where(real, wanted, left_factors @ right_factors)
+            target, moved = filled, float((filled - target).norm())
+            if moved <= 1e-14 * float(wanted.norm()):
+                break
         return cls(
-            (u[:, :k] * root).mT.reshape(k, m1, n1).to(weight),
-            (vh[:k] * root[:, None]).reshape(k, m2, n2).to(weight),
-            out,
-            in_,
+            left_factors.mT.reshape(k, m1, n1).to(weight), right_factors.reshape(k, m2, n2).to(weight), out, in_
         )
 
     @classmethod

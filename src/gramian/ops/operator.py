@@ -159,10 +159,10 @@ class Operator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that ``apply`` computes in: that of the first floating-point factor."""
-        for tensor in self.factors().values():
+        """The dtype that ``apply`` computes in: that of the first floating-point factor (of its owner, when nested)."""
+        for _, tensor, owner, _ in self._walk():
             if tensor.is_floating_point():
-                return tensor.dtype
+                return tensor.dtype if owner is self else owner.dtype
         return torch.get_default_dtype()
 
     @property
@@ -196,7 +196,8 @@ class Operator:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                dtype = "float" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+                # "float": the model's own dtype. A factor stored in another one (half-precision scales) keeps it.
+                dtype = "float" if value.dtype == self.dtype else str(value.dtype).removeprefix("torch.")
                 out.setdefault("factors", {})[field.name] = [dtype, *value.shape]
             elif isinstance(value, Operator):
                 out[field.name] = value.config()
@@ -322,7 +323,9 @@ def _build(
         if field.name in recorded:
             kind, *shape = recorded[field.name]
             if factors is None:
-                wanted = dtype if kind == "float" else getattr(torch, kind)
+                wanted = dtype if kind == "float" else getattr(torch, str(kind), None)
+                if kind != "float" and not isinstance(wanted, torch.dtype):
+                    raise GramianError(f"{cls.kind}: factor {name!r} has dtype {kind!r}; expected a dtype of torch")
                 fields[field.name] = torch.empty(shape, dtype=wanted, device=device)
                 continue
             if name not in factors:
@@ -345,6 +348,7 @@ def _build(
     if factors and not prefix:
         raise GramianError(f"{cls.kind}: surplus factors {', '.join(factors)}")
     built = cls(**fields)
-    if list(built.shape) != list(config["shape"]):
-        raise GramianError(f"{cls.kind}: factors give shape {built.shape}; the description says {tuple(config['shape'])}")
+    said = tuple(config.get("shape", ()))
+    if built.shape != said:
+        raise GramianError(f"{cls.kind}: factors give shape {built.shape}; the description says {said}")
     return built

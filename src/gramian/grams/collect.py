@@ -1,0 +1,320 @@
+"""Input and output-gradient Grams of many layers in one pass over the data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.errors import GramianError
+from gramian.grams.gram import Gram, shrink
+
+OUTPUT_DAMPING = 1e-2
+"""Shrinkage of the output-gradient Gram: a few hundred sequences do not show every output direction."""
+INPUT_DAMPING = 1e-3
+"""Shrinkage of the input Gram."""
+
+
+@dataclass
+class LayerGrams:
+    """What was seen of one layer.
+
+    Attributes:
+        input: Gram of the inputs, one sample a token; layers fed by the same tensor share one object.
+        gradient: sum over sequences of ``D D^T`` (out, out), D the gradient of the objective with respect to the weight
+            (inputs centred); None without a backward pass.
+        sequences: how many sequences went into `gradient`.
+        centre: (in,) the mean that the gradient's inputs were centred by.
+        site: name of the first layer that reads the same input.
+    """
+
+    input: Gram
+    gradient: Tensor | None = None
+    sequences: int = 0
+    centre: Tensor | None = None
+    site: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens seen; padding is not counted."""
+        return round(self.input.count)
+
+    def gram_in(self, centred: bool = True, damping: float = INPUT_DAMPING) -> Tensor:
+        """G_in (in, in): the inputs' covariance (a bias absorbs their mean) or second moment, slightly shrunk."""
+        return shrink(self.input.covariance() if centred else self.input.moment(), damping)
+
+    def gram_out(self, damping: float = OUTPUT_DAMPING) -> Tensor | None:
+        """G_out (out, out), such that ``1/2 tr(G_out D G_in D^T)`` predicts the rise of the objective.
+
+        With L = E[D D^T] over sequences and C the input covariance, ``E[vec D vec D^T] ~ L (x) C / tr(C)``: the
+        Kronecker-factored curvature with the coherence of the tokens of one sequence kept (the factor L is Shampoo's
+        left one, Gupta et al. 2018). None without a backward pass.
+        """
+        if self.gradient is None:
+            return None
+        energy = float(torch.trace(self.input.covariance()))
+        left = self.gradient / max(self.sequences, 1) / max(energy, 1e-300)
+        return shrink((left + left.mT) / 2, damping)
+
+
+@dataclass
+class Grams:
+    """The Grams of a model's layers, by layer name; additive over shards."""
+
+    layers: dict[str, LayerGrams] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> LayerGrams:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    def merge(self, other: Grams) -> Grams:
+        """Add the sums of another shard, collected with the same centres (``collect_layers(centres=...)``).
+
+        Raises:
+            GramianError: other layers, or gradients centred differently.
+        """
+        if set(self.layers) != set(other.layers):
+            raise GramianError("Grams.merge: the shards hold different layers; collect both from the same model")
+        merged: set[int] = set()
+        for name, mine in self.layers.items():
+            theirs = other.layers[name]
+            if id(mine.input) not in merged:
+                mine.input.merge(theirs.input)
+                merged.add(id(mine.input))
+            if (mine.gradient is None) != (theirs.gradient is None):
+                raise GramianError(f"Grams.merge: {name} has gradients in one shard only")
+            if mine.gradient is not None and theirs.gradient is not None:
+                assert mine.centre is not None
+                assert theirs.centre is not None
+                if not torch.equal(mine.centre, theirs.centre):
+                    raise GramianError(
+                        f"Grams.merge: {name} was centred differently in the two shards; pass one shard's "
+                        "centres() to the other's collect"
+                    )
+                mine.gradient += theirs.gradient
+                mine.sequences += theirs.sequences
+        return self
+
+    def centres(self) -> dict[str, Tensor]:
+        """The means that gradients were centred by, for collecting further shards."""
+        return {name: layer.centre for name, layer in self.layers.items() if layer.centre is not None}
+
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors; a shared input Gram is stored once."""
+        out: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            if layer.site == name:
+                out.update({f"{name}|input.{key}": value for key, value in layer.input.state().items()})
+            if layer.gradient is not None and layer.centre is not None:
+                out[f"{name}|gradient"] = layer.gradient
+                out[f"{name}|centre"] = layer.centre
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        """The JSON-able rest of ``state``."""
+        return {name: {"site": layer.site, "sequences": layer.sequences} for name, layer in self.layers.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> Grams:
+        """Inverse of ``state`` and ``describe``."""
+        inputs: dict[str, Gram] = {}
+        layers: dict[str, LayerGrams] = {}
+        for name, entry in description.items():
+            site = entry["site"]
+            if site not in inputs:
+                parts = {key: state[f"{site}|input.{key}"] for key in ("second", "first", "count")}
+                inputs[site] = Gram.from_state(parts)
+            layers[name] = LayerGrams(
+                inputs[site], state.get(f"{name}|gradient"), entry["sequences"], state.get(f"{name}|centre"), site
+            )
+        return cls(layers)
+
+
+Batch = Any
+Objective = Callable[[nn.Module, Batch, torch.Generator], Tensor]
+"""(model, batch, generator) -> scalar whose gradient per sequence is one random probe of the loss's curvature."""
+
+
+def collect_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    run: Callable[[nn.Module, Batch], Any],
+    objective: Objective | None = None,
+    mask: Callable[[Batch], Tensor | None] = lambda batch: None,
+    seed: int = 0,
+    centres: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Grams:
+    """One pass over `batches`: the input Gram of every layer, and its output-gradient Gram if there is an objective.
+
+    A tensor that several layers read in a row (query, key and value, say) is accumulated once. Memory is the Grams
+    plus the activations of one batch.
+
+    Args:
+        model: put in eval mode for the pass; its training flag is restored.
+        layers: linear layers of `model` by name.
+        batches: whatever `run` understands.
+        run: forward pass, used when there is no objective.
+        objective: see ``Objective``; None collects inputs only, without a backward pass.
+        mask: (batch, tokens) of a batch, non-zero at real tokens; None for no padding.
+        seed: of the objective's random probes.
+        centres: means to centre the gradients' inputs by; by default those of the first batch.
+        progress: called with the number of sequences after each batch.
+
+    Raises:
+        GramianError: no data; NaN or Inf in a layer's input or gradient (the layer is named); a layer that never ran.
+    """
+    grams = Grams()
+    generator = torch.Generator().manual_seed(seed)
+    state = _Pass(layers, grams, objective is not None, dict(centres or {}))
+    handles = [module.register_forward_pre_hook(state.before(name)) for name, module in layers.items()]
+    if objective is not None:
+        handles += [module.register_forward_hook(state.after(name)) for name, module in layers.items()]
+    training = model.training
+    model.eval()
+    seen = 0
+    try:
+        with _frozen(model) if objective is not None else torch.no_grad():
+            for batch in batches:
+                state.mask = mask(batch)
+                state.previous = None
+                if objective is None:
+                    run(model, batch)
+                else:
+                    objective(model, batch, generator).backward()  # type: ignore[no-untyped-call]
+                state.finish_batch()
+                seen += 1
+                if progress is not None:
+                    progress(state.sequences)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    if not seen:
+        raise GramianError("no calibration data: the iterator of batches was empty")
+    silent = [name for name in layers if name not in grams.layers]
+    if silent:
+        raise GramianError(f"layer {silent[0]} never ran on the calibration data; leave it out with exclude")
+    grams.layers = {name: grams.layers[name] for name in layers}
+    return grams
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes part in autograd: the backward pass computes activations' gradients alone."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+class _Pass:
+    """The hooks' shared state during one pass."""
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], grams: Grams, backward: bool, centres: dict[str, Tensor]
+    ) -> None:
+        self.layers, self.grams, self.backward, self.centres = layers, grams, backward, centres
+        self.mask: Tensor | None = None
+        self.previous: tuple[Tensor, str] | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.sequences = 0
+
+    def before(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0]
+            site = name
+            if self.previous is not None and self.previous[0] is x:
+                site = self.previous[1]
+            self.previous = (x, site)
+            known = self.grams.layers.get(name)
+            if known is None:
+                size = x.shape[-1]
+                shared = self.grams.layers[site].input if site != name else Gram(size, device=x.device)
+                known = self.grams.layers[name] = LayerGrams(shared, site=site)
+            elif known.site != site:
+                raise GramianError(
+                    f"layer {name} read the input of {known.site} in one batch and not in another; "
+                    "collect such a model in parts"
+                )
+            if site == name:
+                try:
+                    known.input.update(self._tokens(x))
+                except GramianError as error:
+                    raise GramianError(f"layer {name}: {error}") from None
+            if not self.backward:
+                return None
+            self.inputs[name] = x.detach()
+            return (x if x.requires_grad else x.detach().requires_grad_(), *args[1:])
+
+        return hook
+
+    def after(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = self.inputs.pop(name)
+            output.register_hook(lambda gradient: self._gradient(name, x, gradient))
+
+        return hook
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(n, d): the real tokens of x (..., d)."""
+        mask = self.mask
+        if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+            return x.detach()[mask.bool()]
+        if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
+            return x.detach()[mask.reshape(-1).bool()]
+        return x.detach().reshape(-1, x.shape[-1])
+
+    def _gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        layer = self.grams.layers[name]
+        if not bool(gradient.isfinite().all()):
+            raise GramianError(f"layer {name}: NaN or Inf in the gradient of its output; try a wider dtype")
+        if layer.centre is None:
+            layer.centre = self.centres.get(name, layer.input.mean)
+        if x.dim() == 2:  # one token a sequence, or flattened (batch * tokens, d)
+            batch = self.mask.shape[0] if self.mask is not None and x.shape[0] == self.mask.numel() else len(x)
+            x, gradient = x.reshape(batch, -1, x.shape[-1]), gradient.reshape(batch, -1, gradient.shape[-1])
+        x = x.reshape(len(x), -1, x.shape[-1]).float() - layer.centre.to(x.device, torch.float32)
+        g = gradient.reshape(len(gradient), -1, gradient.shape[-1]).float()
+        if self.mask is not None and x.shape[:2] == self.mask.shape:
+            g = g * self.mask.to(g)[:, :, None]
+        if layer.gradient is None:
+            layer.gradient = torch.zeros(g.shape[-1], g.shape[-1], dtype=torch.float64, device=g.device)
+        layer.gradient += _outer(g, x)
+        layer.sequences += len(x)
+
+    def finish_batch(self) -> None:
+        self.previous = None
+        self.inputs.clear()
+        counts = [layer.sequences for layer in self.grams.layers.values()]
+        self.sequences = max(counts, default=0) if self.backward else self.sequences + 1
+
+
+def _outer(g: Tensor, x: Tensor) -> Tensor:
+    """Sum over sequences of ``D D^T`` (m, m) for ``D = g^T x``; g (B, T, m), x (B, T, n). Takes the cheaper bracketing."""
+    (b, t, m), n = g.shape, x.shape[-1]
+    if t * (n + m) + m * m < m * n + m * m * n / t:
+        inner = (x @ x.mT) @ g  # (B, T, m)
+        return g.reshape(b * t, m).mT @ inner.reshape(b * t, m)
+    d = g.mT @ x  # (B, m, n)
+    d = d.transpose(0, 1).reshape(m, b * n)
+    return d @ d.mT

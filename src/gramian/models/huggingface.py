@@ -1,0 +1,254 @@
+"""Compressed models in the format of ``transformers``: what ``save_pretrained`` writes, ``AutoModel.from_pretrained`` loads.
+
+``config.json`` carries a ``quantization_config`` with the description of every changed layer; a quantizer registered under
+"gramian" builds those layers before the library streams the weights in. Without the registration the library would build
+the stock layers: the empty ``weight`` of every ``StructuredLinear`` (and the shape of every narrowed layer) then stops
+the load with an error instead of leaving random weights.
+
+Importing this module imports ``transformers``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gramian import __version__
+from gramian.errors import GramianError, nearest
+from gramian.models.checkpoint import SCHEMA, Layers, atomic_directory, build, check_schema, describe
+from gramian.models.remote_code import MODULE, remote_code
+from gramian.models.swap import conv1d, linear_shape, origin, swap
+from gramian.models.walk import is_linear
+from gramian.nn import StructuredLinear
+
+METHOD = "gramian"
+logger = logging.get_logger(__name__)
+
+
+class GramianConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a compressed model: JSON-able throughout.
+
+    Args:
+        layers: layer name -> description, as ``checkpoint.describe`` gives it.
+        schema: version of the description.
+        gramian_version: that wrote it.
+        other: further entries (a recipe, the source model), kept as they are.
+
+    Raises:
+        GramianError: damaged, or of a newer schema.
+    """
+
+    def __init__(
+        self, layers: Layers | None = None, schema: int = SCHEMA, gramian_version: str = __version__, **other: Any
+    ) -> None:
+        self.__dict__.update(other)
+        self.quant_method = METHOD
+        self.schema = schema
+        self.gramian_version = gramian_version
+        self.layers: Layers = {} if layers is None else layers
+        try:
+            check_schema(self.__dict__)
+        except GramianError as error:
+            raise GramianError(f"config.json, quantization_config: {error}") from error
+
+
+class GramianQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the changed layers of a compressed checkpoint, and undoes them on ``model.dequantize()``."""
+
+    requires_calibration = True  # compressing takes data: `gramian.compress`, not a flag of from_pretrained
+    requires_parameters_quantization = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        layers: Layers = self.quantization_config.layers
+        places = resolve(model, list(layers), same_class=type(model).__name__ in (model.config.architectures or [None]))
+        for name, place in places.items():
+            old = model.get_submodule(place)
+            swap(model, old, build(name, layers[name], old))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # transformers 4 loads half-precision storage in the model's dtype: back to what the file holds.
+        for module in model.modules():
+            for factor in getattr(module, "gramian_half", ()):
+                holder = module.get_submodule(factor)
+                if holder.weight.dtype == torch.float32:
+                    holder.half()
+        # A later `save_pretrained` writes no remote-code file, so it must not point to one.
+        if model._auto_class is None and _ours(getattr(model.config, "auto_map", None)):
+            del model.config.auto_map
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[None, dict[str, str]]:
+        """Called by ``save_pretrained`` before it writes config.json: the description follows the model as it is now."""
+        self.quantization_config.layers = describe(model)
+        model.config.quantization_config = self.quantization_config
+        return None, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The trainer may train all of the model, not only adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``torch.compile`` works."""
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        restore_dense(model)
+        return model if dtype is None else model.to(dtype)
+
+
+def register() -> None:
+    """Make ``from_pretrained`` know gramian's checkpoints. Safe to call again."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(GramianConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(GramianQuantizer)
+
+
+def resolve(model: Any, names: list[str], *, same_class: bool) -> dict[str, str]:
+    """Where the layers that a checkpoint lists are in `model`, which may be a task model around the saved base, or the reverse.
+
+    Args:
+        model: the model to load into.
+        names: as saved.
+        same_class: `model` is of the class that was saved, so every layer must be there. Otherwise a layer that the class
+            does not have (another task's head) is left out with a warning, as its tensors are; the empty tensor that
+            stands for its weight makes the load fail should that be wrong.
+
+    Raises:
+        GramianError: a layer is not there.
+    """
+    prefix = model.base_model_prefix
+    modules = {name for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+    places: dict[str, str] = {}
+    for name in names:
+        candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+        match = next((candidate for candidate in candidates if candidate in modules), None)
+        if match is not None:
+            places[name] = match
+        elif same_class:
+            raise GramianError(f"config.json lists layer {name!r}, not in {type(model).__name__}{nearest(name, modules)}")
+        else:
+            logger.warning(f"{type(model).__name__} has no layer {name!r}: that part of the checkpoint is left out")
+    if names and not places:
+        raise GramianError(f"config.json lists {len(names)} layers, {names[0]!r} first; none is in {type(model).__name__}")
+    return places
+
+
+def attach(model: Any, **other: Any) -> None:
+    """Make a model that was compressed in memory like one that was loaded: ``save_pretrained``, ``dequantize`` and the
+    Trainer then treat it right.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        other: JSON-able entries for ``quantization_config``, e.g. the recipe.
+
+    Raises:
+        GramianError: not a ``PreTrainedModel``.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise GramianError(f"found a {type(model).__name__}; expected a PreTrainedModel of transformers")
+    known = getattr(model.config, "quantization_config", None)
+    kept = {key: value for key, value in known.to_dict().items() if key != "layers"} if isinstance(known, GramianConfig) else {}
+    kept |= {"gramian_version": __version__, "schema": SCHEMA, **other}
+    kept.pop("quant_method", None)
+    model.config.quantization_config = GramianConfig(describe(model), **kept)
+    model.hf_quantizer = GramianQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.quantization_method = METHOD
+    model.is_quantized = True
+    head = model.get_output_embeddings()
+    if head is not None and isinstance(head, StructuredLinear):
+        model.config.tie_word_embeddings = False  # else loading would put the embedding's matrix in the head's place
+
+
+def save_huggingface(model: Any, directory: str | os.PathLike[str], tokenizer: Any = None, **other: Any) -> None:
+    """Write a compressed ``PreTrainedModel`` (and its tokenizer) as a checkpoint of ``transformers``, atomically.
+
+    The directory also holds a small file for ``trust_remote_code=True``, so that the model loads where gramian is installed
+    but not imported.
+
+    Args:
+        model: compressed in memory, or loaded from a checkpoint.
+        directory: must not exist, or be empty.
+        tokenizer: anything with ``save_pretrained``.
+        other: JSON-able entries for ``quantization_config``, e.g. the recipe.
+
+    Raises:
+        GramianError: the directory is not empty or cannot be written.
+    """
+    with atomic_directory(directory) as partial:
+        write_huggingface(model, partial, tokenizer, **other)
+
+
+def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **other: Any) -> None:
+    """``save_huggingface`` without the atomic step: into a directory that the caller publishes."""
+    attach(model, **other)
+    model.save_pretrained(directory, safe_serialization=True)
+    text, auto_map = remote_code(model)
+    if text:
+        (directory / f"{MODULE}.py").write_text(text, encoding="utf-8")
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = auto_map
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def restore_dense(model: nn.Module) -> None:
+    """Make every layer that gramian changed one of its old class and shape, in place; the model computes the same.
+
+    A layer that lost neurons is padded with zeros: rows that nothing reads and columns that read nothing.
+    """
+    for module in list(model.modules()):
+        if not isinstance(module, StructuredLinear) and not hasattr(module, "gramian_origin"):
+            continue
+        before = origin(module)
+        dense = module.to_linear() if isinstance(module, StructuredLinear) else module
+        if isinstance(dense, nn.Linear) and linear_shape(dense) != before.shape:
+            dense = _padded(dense, before.shape)
+        if isinstance(dense, nn.Linear) and before.transposed:
+            dense = conv1d(dense)
+        swap(model, module, dense)
+        del dense.gramian_origin
+
+
+def _padded(linear: nn.Linear, shape: tuple[int, int]) -> nn.Linear:
+    out, in_ = linear_shape(linear)
+    weight = linear.weight.new_zeros(shape)
+    weight[:out, :in_] = linear.weight.detach()
+    layer = nn.Linear(shape[1], shape[0], linear.bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(torch.cat([linear.bias.detach(), linear.bias.new_zeros(shape[0] - out)]))
+    return layer
+
+
+def _ours(auto_map: Mapping[str, str] | None) -> bool:
+    return bool(auto_map) and all(MODULE in str(reference) for reference in (auto_map or {}).values())

@@ -1,0 +1,153 @@
+"""Exchanging one linear layer of a network for another, whatever class held it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gramian.errors import GramianError, nearest
+from gramian.models.walk import is_conv1d, is_linear
+from gramian.nn import StructuredLinear, as_linear
+from gramian.ops import Dense, Operator
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a layer was before gramian changed it: kept on the layer that took its place, as ``gramian_origin``.
+
+    Args:
+        shape: (out, in) of the first layer at that place.
+        transposed: it was a ``transformers`` Conv1D, whose weight is stored (in, out).
+    """
+
+    shape: tuple[int, int]
+    transposed: bool
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, also of one on the meta device.
+
+    Raises:
+        GramianError: not a linear layer.
+    """
+    if is_conv1d(module):
+        in_, out = module.weight.shape  # type: ignore[union-attr, misc]
+        return int(out), int(in_)
+    if isinstance(module, nn.Linear | StructuredLinear):
+        return module.out_features, module.in_features
+    raise GramianError(f"a {type(module).__name__} is no linear layer; expected nn.Linear, Conv1D or StructuredLinear")
+
+
+def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The matrix (out, in) and the bias (out,) or None of a linear layer; views of the live tensors where possible.
+
+    Raises:
+        GramianError: not a linear layer.
+    """
+    linear_shape(module)
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    if isinstance(module, StructuredLinear):
+        return module.op.dense(), bias
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (weight.mT if is_conv1d(module) else weight), bias
+
+
+def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | None) -> nn.Module:
+    """Put a layer for `op` in the place of the linear layer `name`, in place; returns the new layer.
+
+    A dense operator of the old shape gives a layer of the old class, a dense one of another shape (neuron selection) a
+    plain ``nn.Linear``, any other a ``StructuredLinear``. The tensors are copies with the old layer's device, dtype,
+    training mode and ``requires_grad``; half-precision storage of an operator that computes in another dtype stays.
+    Where the old module sits at several names of the network, so does the new one.
+
+    Args:
+        model: the network.
+        name: dotted name of an ``nn.Linear``, Conv1D or ``StructuredLinear``.
+        op: (out, in); other than the old layer's shape only if dense.
+        bias: (out,) or None.
+
+    Raises:
+        GramianError: no such layer, shapes that do not fit, or a dense layer of unchanged shape gains or loses its bias
+            (a loader without gramian would not notice).
+    """
+    old = find_linear(model, name)
+    shape, weight = linear_shape(old), old.weight
+    assert isinstance(weight, Tensor)
+    if not isinstance(op, Dense) and op.shape != shape:
+        raise GramianError(f"layer {name!r} is {shape[0]} x {shape[1]}; found a {op.kind} operator of shape {op.shape}")
+    if bias is not None and tuple(bias.shape) != (op.shape[0],):
+        raise GramianError(f"layer {name!r}: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
+
+    def copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return tensor.detach().to(weight.device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+    dtype = None if op.dtype == weight.dtype else weight.dtype
+    factors = {key: copy(t, dtype if t.is_floating_point() else None) for key, t in op.factors().items()}
+    bias = None if bias is None else copy(bias, weight.dtype)
+    layer: nn.Module = as_linear(op.replace(**factors), bias)
+    before = origin(old)
+    if isinstance(layer, nn.Linear) and op.shape == before.shape:
+        if (bias is None) != (old.bias is None):
+            raise GramianError(
+                f"layer {name!r} is dense, of unchanged shape, and its bias was {'added' if old.bias is None else 'removed'}; "
+                "keep a bias (zero if need be) exactly where there was one"
+            )
+        if before.transposed:
+            layer = conv1d(layer)
+    if not any(parameter.requires_grad for parameter in old.parameters()):
+        layer.requires_grad_(False)
+    swap(model, old, layer)
+    return layer
+
+
+def conv1d(linear: nn.Linear) -> nn.Module:
+    """The same layer as a Conv1D of ``transformers``: weight (in, out), always with a bias."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer: nn.Module = Conv1D(0, 0)
+    layer.nf, layer.nx = linear.weight.shape  # type: ignore[assignment]
+    layer.weight = nn.Parameter(linear.weight.detach().mT.contiguous())
+    layer.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach())
+    return layer
+
+
+def find_linear(model: nn.Module, name: str) -> nn.Module:
+    """The linear layer of that name.
+
+    Raises:
+        GramianError: no such module (the message lists the nearest names) or not a linear layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        linears = [known for known, module in modules.items() if is_linear(module)]
+        raise GramianError(f"no layer {name!r} in {type(model).__name__}{nearest(name, linears)}")
+    if not is_linear(modules[name]):
+        raise GramianError(
+            f"layer {name!r} is a {type(modules[name]).__name__}; expected nn.Linear, Conv1D or StructuredLinear"
+        )
+    return modules[name]
+
+
+def origin(module: nn.Module) -> Origin:
+    """What a linear layer was before any exchange; itself if there was none."""
+    known = getattr(module, "gramian_origin", None)
+    return known if isinstance(known, Origin) else Origin(linear_shape(module), is_conv1d(module))
+
+
+def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` at every name that `old` has in `model`; the training mode and the record of the origin carry over."""
+    new.gramian_origin = origin(old)  # type: ignore[assignment]
+    new.train(old.training)
+    for module in list(model.modules()):
+        # PyTorch's fused encoder kernels read `linear1.weight` themselves, past the layer's forward.
+        if isinstance(module, nn.TransformerEncoderLayer) and old in (module.linear1, module.linear2):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(part is old for part in module.modules()):
+            module.use_nested_tensor = False
+        for key, child in list(module._modules.items()):
+            if child is old:
+                module._modules[key] = new

@@ -1,0 +1,253 @@
+"""How to run a model on calibration data and what counts as its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gramian.errors import GramianError
+from gramian.grams.collect import Objective
+
+Batch = Any
+
+
+@dataclass
+class Workload:
+    """Calibration batches of one model, and how to run them.
+
+    Attributes:
+        batches: whatever `run` understands; kept in memory (texts are small, activations are not kept).
+        run: (model, batch) -> raw output.
+        features: (model, batch) -> (sequences, d) float tensor: what the compressed model should reproduce.
+        mask: (batch) -> (sequences, tokens) or None.
+        tokens: (model, batch) -> (real tokens, d) hidden states that healing may match too, or None.
+        name: what the features are, for reports.
+    """
+
+    batches: list[Batch]
+    run: Callable[[nn.Module, Batch], Any]
+    features: Callable[[nn.Module, Batch], Tensor]
+    mask: Callable[[Batch], Tensor | None]
+    name: str = "relative error of outputs"
+    logits: Callable[[nn.Module, Batch], Tensor] | None = None
+    kind: str = "tensors"
+
+    def sizes(self) -> list[int]:
+        """Sequences in each batch."""
+        return [_length(batch) for batch in self.batches]
+
+    def objective(self, kind: str) -> Objective | None:
+        """The probe of the loss's curvature, by name.
+
+        "features": a Gaussian direction of the output a sequence, ``<v, f(x)>``: Gauss-Newton of the squared error of the
+        features. "lm": cross-entropy at labels sampled from the model's own predictions: the true Fisher. "none": no
+        backward pass. "auto": "lm" where there are logits of a language model, else "features".
+
+        Raises:
+            GramianError: unknown name, or "lm" for a model without token logits.
+        """
+        if kind == "auto":
+            kind = "lm" if self.logits is not None else "features"
+        if kind == "none":
+            return None
+        if kind == "features":
+            return self._probe
+        if kind == "lm":
+            if self.logits is None:
+                raise GramianError("objective 'lm' needs a language model with token logits; use 'features' or 'none'")
+            return self._sampled_labels
+        raise GramianError(f"unknown objective {kind!r}; expected auto, features, lm or none")
+
+    def _probe(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        features = self.features(model, batch)
+        direction = torch.randn(features.shape, generator=generator).to(features)
+        return (features * direction).sum()
+
+    def _sampled_labels(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        assert self.logits is not None
+        logits = self.logits(model, batch).float()
+        mask = self.mask(batch)
+        flat = logits.reshape(-1, logits.shape[-1])
+        with torch.no_grad():
+            labels = torch.multinomial(flat.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(flat.device)
+        loss = F.cross_entropy(flat, labels, reduction="none")
+        return (loss * mask.reshape(-1).to(loss)).sum() if mask is not None else loss.sum()
+
+
+def _length(batch: Batch) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    if hasattr(batch, "values"):
+        return len(next(iter(batch.values())))
+    if isinstance(batch, Sequence):
+        return _length(batch[0])
+    return 1
+
+
+def tensor_workload(batches: Sequence[Batch]) -> Workload:
+    """Workload of any module whose batches are tensors, tuples of positional or mappings of keyword arguments.
+
+    The features are the first floating-point tensor of the output, flattened to one row a sequence.
+
+    Raises:
+        GramianError: no batches, or one that is none of these.
+    """
+    batches = list(batches)
+    if not batches:
+        raise GramianError("no calibration data: expected a list of batches")
+
+    def run(model: nn.Module, batch: Batch) -> Any:
+        if isinstance(batch, Tensor):
+            return model(batch)
+        if hasattr(batch, "keys"):
+            return model(**batch)
+        if isinstance(batch, Sequence):
+            return model(*batch)
+        raise GramianError(f"batch of type {type(batch).__name__}; expected a tensor, a tuple or a mapping")
+
+    def features(model: nn.Module, batch: Batch) -> Tensor:
+        output = first_tensor(run(model, batch))
+        return output.reshape(len(output), -1)
+
+    return Workload(batches, run, features, lambda batch: None)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first floating-point tensor of a model's output.
+
+    Raises:
+        GramianError: there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, Sequence) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise GramianError(f"the model returned {type(output).__name__}, which holds no floating-point tensor")
+
+
+def text_workload(
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    longest: int = 256,
+    pooling: str = "mean",
+    language_model: bool = False,
+) -> Workload:
+    """Workload of a Hugging Face text model: batches of texts of similar length, padded, with an attention mask.
+
+    An encoder's features are its sentence embeddings: the mean (or first token, for ``pooling="cls"``) of the last hidden
+    states over real tokens, of unit length. A language model's features are the same of its last hidden states, and it
+    has logits.
+
+    Args:
+        tokenizer: called as ``tokenizer(texts, padding=True, truncation=True, max_length=..., return_tensors="pt")``.
+        texts: calibration texts.
+        batch_size: sequences a batch.
+        longest: tokens after which a text is cut.
+        pooling: "mean" or "cls".
+        language_model: whether the output holds logits over the vocabulary.
+
+    Raises:
+        GramianError: no texts.
+    """
+    if not texts:
+        raise GramianError("no calibration text")
+    if language_model and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [
+        dict(
+            tokenizer(
+                [texts[j] for j in order[i : i + batch_size]],
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            )
+        )
+        for i in range(0, len(order), batch_size)
+    ]
+
+    def run(model: nn.Module, batch: Batch) -> Any:
+        return model(**batch)
+
+    def features(model: nn.Module, batch: Batch) -> Tensor:
+        if language_model:
+            states = model(**batch, output_hidden_states=True).hidden_states[-1]
+        else:
+            output = run(model, batch)
+            states = output.last_hidden_state if hasattr(output, "last_hidden_state") else first_tensor(output)
+        return pool(states, batch["attention_mask"], pooling)
+
+    def logits(model: nn.Module, batch: Batch) -> Tensor:
+        result = run(model, batch).logits
+        assert isinstance(result, Tensor)
+        return result
+
+    return Workload(
+        batches,
+        run,
+        features,
+        lambda batch: batch["attention_mask"],
+        "cosine of sentence embeddings",
+        logits if language_model else None,
+        kind="text",
+    )
+
+
+def pool(states: Tensor, mask: Tensor, pooling: str = "mean") -> Tensor:
+    """Unit-length sentence embeddings (B, d) of hidden states (B, T, d) under mask (B, T)."""
+    if pooling == "cls":
+        return F.normalize(states[:, 0], dim=-1)
+    weight = mask.unsqueeze(-1).to(states.dtype)
+    return F.normalize((states * weight).sum(1) / weight.sum(1).clamp_min(1), dim=-1)
+
+
+@torch.no_grad()
+def all_features(model: nn.Module, workload: Workload) -> Tensor:
+    """(sequences, d) features of every batch, in the workload's order."""
+    training = model.training
+    model.eval()
+    try:
+        return torch.cat([workload.features(model, batch).float().cpu() for batch in workload.batches])
+    finally:
+        model.train(training)
+
+
+def agreement(before: Tensor, after: Tensor) -> dict[str, float]:
+    """How well new features (n, d) reproduce the old ones.
+
+    Returns:
+        mean and p5: mean and 5th percentile of the cosines; relative_error: ``||E - E'||_F / ||E||_F``; rank_correlation:
+        Spearman's of all pairwise similarities; neighbours: share of the ten nearest neighbours kept; texts: n.
+    """
+    cosine = F.cosine_similarity(before, after, dim=1)
+    out = {
+        "texts": len(before),
+        "mean": float(cosine.mean()),
+        "p5": float(cosine.quantile(0.05)),
+        "relative_error": float((before - after).norm() / before.norm().clamp_min(1e-30)),
+    }
+    if len(before) > 11:
+        a, b = F.normalize(before, dim=1), F.normalize(after, dim=1)
+        similar_a, similar_b = a @ a.mT, b @ b.mT
+        i, j = torch.triu_indices(len(a), len(a), 1)
+        out["rank_correlation"] = spearman(similar_a[i, j], similar_b[i, j])
+        near = [s.fill_diagonal_(-2).topk(10, 1).indices for s in (similar_a, similar_b)]
+        shared = (near[0][:, :, None] == near[1][:, None, :]).any(-1).float().mean()
+        out["neighbours"] = float(shared)
+    return out
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors; ties share no rank (order of appearance)."""
+    ranks = [x.double().argsort().argsort().double() for x in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
