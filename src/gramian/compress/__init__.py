@@ -1,0 +1,23 @@
+"""Post-training compression: what each structure and size of each layer would lose, and the best choice under a budget."""
+
+from gramian.compress.knapsack import solve, solve_lagrangian
+from gramian.compress.layer import Layer
+from gramian.compress.options import JOINT, Built, Candidate, Cost, dense_cost
+from gramian.compress.plan import Entry, Plan, build_entry, count, make_plan, resolve_structures
+
+__all__ = [
+    "JOINT",
+    "Built",
+    "Candidate",
+    "Cost",
+    "Entry",
+    "Layer",
+    "Plan",
+    "build_entry",
+    "count",
+    "dense_cost",
+    "make_plan",
+    "resolve_structures",
+    "solve",
+    "solve_lagrangian",
+]

@@ -13,6 +13,7 @@ from gramian.compress.knapsack import Option, Solution, solve
 from gramian.compress.layer import Layer
 from gramian.compress.options import COSTS, JOINT, Built, Candidate, Cost, build_single, dense_cost, single_curve
 from gramian.errors import GramianError, nearest
+from gramian.grams import Joint
 from gramian.ops import structures as registered
 from gramian.ops.operator import Size
 
@@ -24,15 +25,6 @@ AUTO = {
 }
 """What ``structures="auto"`` lets compete, by cost; dense always does. Other structures join when named: each of their sizes is
 a fit of its own, which takes longer, and on trained weights they rarely beat these."""
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Layers with a joint option; see ``models.groups``."""
-
-    kind: str
-    layers: tuple[str, ...]
-    heads: int = 0
 
 
 @dataclass

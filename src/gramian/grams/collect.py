@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -61,11 +61,33 @@ class LayerGrams:
         return shrink((left + left.mT) / 2, damping)
 
 
+@dataclass(frozen=True)
+class Joint:
+    """Layers that can be compressed together.
+
+    Attributes:
+        kind: "neurons" (layers[:-1] write the neurons that layers[-1] reads, coordinate by coordinate), "query_key" or
+            "value_output" (layers (query, key) or (value, output) of one attention).
+        layers: names.
+        heads: attention heads; 0 for neurons.
+    """
+
+    kind: str
+    layers: tuple[str, ...]
+    heads: int = 0
+
+
 @dataclass
 class Grams:
-    """The Grams of a model's layers, by layer name; additive over shards."""
+    """The Grams of a model's layers, by layer name; additive over shards.
+
+    Attributes:
+        layers: by name.
+        joints: layers of this model that can be compressed together.
+    """
 
     layers: dict[str, LayerGrams] = field(default_factory=dict)
+    joints: list[Joint] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> LayerGrams:
         return self.layers[name]
@@ -124,14 +146,17 @@ class Grams:
 
     def describe(self) -> dict[str, Any]:
         """The JSON-able rest of ``state``."""
-        return {name: {"site": layer.site, "sequences": layer.sequences} for name, layer in self.layers.items()}
+        return {
+            "layers": {name: {"site": layer.site, "sequences": layer.sequences} for name, layer in self.layers.items()},
+            "joints": [asdict(joint) for joint in self.joints],
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> Grams:
         """Inverse of ``state`` and ``describe``."""
         inputs: dict[str, Gram] = {}
         layers: dict[str, LayerGrams] = {}
-        for name, entry in description.items():
+        for name, entry in description["layers"].items():
             site = entry["site"]
             if site not in inputs:
                 parts = {key: state[f"{site}|input.{key}"] for key in ("second", "first", "count")}
@@ -139,7 +164,7 @@ class Grams:
             layers[name] = LayerGrams(
                 inputs[site], state.get(f"{name}|gradient"), entry["sequences"], state.get(f"{name}|centre"), site
             )
-        return cls(layers)
+        return cls(layers, [Joint(j["kind"], tuple(j["layers"]), j["heads"]) for j in description["joints"]])
 
 
 Batch = Any

@@ -1,4 +1,4 @@
-"""Saving and loading the layers that gramian changed, for any ``torch.nn.Module``: safetensors and JSON, nothing pickled.
+"""Saving and loading networks with changed layers, for any ``torch.nn.Module``: safetensors and JSON, nothing pickled.
 
 A checkpoint is a directory that holds ``model.safetensors`` and ``gramian.json``. It appears under its name complete or
 not at all.
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from gramian import __version__
 from gramian.errors import GramianError, nearest
-from gramian.models.swap import find_linear, linear_shape, origin, swap
+from gramian.models.swap import check_shape, find_linear, linear_shape, origin, swap
 from gramian.nn import StructuredLinear
-from gramian.ops import from_config
 
 SCHEMA = 1
 """Version of the layout of a checkpoint's description; a larger one is refused."""
@@ -76,35 +75,19 @@ def _flush(path: Path) -> None:
 
 
 def describe(model: nn.Module) -> Layers:
-    """The layers of `model` that are not what its own constructor makes: structured ones, and dense ones of another shape.
+    """The layers of `model` that its own constructor does not make: structured ones, and dense ones of another shape.
 
-    Each entry is ``Operator.config()`` with ``bias``, and ``half`` for factors that are stored in float16 whatever the layer
-    computes in.
+    Each entry is ``Operator.config()`` of what the layer holds now, with ``bias``.
     """
     layers: Layers = {}
     for name, module in model.named_modules():
         if isinstance(module, StructuredLinear):
-            layers[name] = {**module.config(), "bias": module.bias is not None}
-            half = _half(module)
-            if half:
-                layers[name]["half"] = half
+            layers[name] = {**module.op.config(), "bias": module.bias is not None}
         elif isinstance(module, nn.Linear) and origin(module).shape != linear_shape(module):
             shape = list(linear_shape(module))
             factors = {"weight": ["float", *shape]}
             layers[name] = {"kind": "dense", "shape": shape, "factors": factors, "bias": module.bias is not None}
     return layers
-
-
-def _half(layer: StructuredLinear) -> list[str]:
-    factors, kept = layer.op.factors(), getattr(layer, "gramian_half", ())
-    if layer.op.dtype == torch.float16:
-        return []
-    # A model cast to bfloat16 takes its factors along; loaded in float32 again they are float16 again.
-    return [
-        name
-        for name, tensor in factors.items()
-        if tensor.dtype == torch.float16 or (name in kept and tensor.dtype == torch.bfloat16)
-    ]
 
 
 def build(name: str, spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
@@ -119,19 +102,13 @@ def build(name: str, spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         bias, (out, in_) = spec["bias"], spec["shape"]
         if not isinstance(bias, bool):
             raise TypeError(f"bias {bias!r}; expected true or false")
+        check_shape(name, (out, in_), origin(old))
         if spec["kind"] == "dense":
             layer: nn.Module = nn.Linear(in_, out, bias, device="meta", dtype=weight.dtype)
         else:
-            if (out, in_) != origin(old).shape:
-                raise GramianError(f"shape {(out, in_)}; the model's layer is {origin(old).shape}")
             # Constants that a structure tabulates must be real numbers even where a loader makes meta tensors.
             with torch.device("cpu"):
-                op = from_config(spec, dtype=weight.dtype)
-                half = spec.get("half", [])
-                if weight.dtype in (torch.float32, torch.float64):  # narrower dtypes take no more room
-                    op = op.replace(**{key: op.factors()[key].half() for key in half})
-                layer = StructuredLinear(op, torch.empty(out, dtype=weight.dtype, device="meta") if bias else None)
-                layer.gramian_half = tuple(half)  # type: ignore[assignment]
+                layer = StructuredLinear.from_config(dict(spec), bias=bias, dtype=weight.dtype, device="meta")
     except GramianError as error:
         raise GramianError(f"layer {name!r}: {error}") from error
     except KeyError as error:
@@ -149,12 +126,17 @@ def check_schema(description: Mapping[str, Any]) -> None:
         GramianError: with the version to install.
     """
     schema, layers = description.get("schema"), description.get("layers")
-    if not isinstance(schema, int) or not isinstance(layers, Mapping) or not all(isinstance(x, Mapping) for x in layers.values()):
+    if (
+        not isinstance(schema, int)
+        or not isinstance(layers, Mapping)
+        or not all(isinstance(x, Mapping) for x in layers.values())
+    ):
         raise GramianError("the description is damaged: expected an integer 'schema' and a mapping 'layers'")
     if schema > SCHEMA:
         wrote = description.get("gramian_version", "a newer version")
         raise GramianError(
-            f"schema {schema}, written by gramian {wrote}; gramian {__version__} reads up to {SCHEMA}: pip install -U gramian"
+            f"schema {schema}, written by gramian {wrote}; this is gramian {__version__}, which reads up to {SCHEMA}: "
+            "pip install -U gramian"
         )
 
 
@@ -171,7 +153,7 @@ def save(
         extra: more files to write there, by name.
 
     Raises:
-        GramianError: the directory is not empty or cannot be written, a tensor is not finite or not a tensor.
+        GramianError: the directory is not empty or cannot be written, the state holds NaN or something but tensors.
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -207,13 +189,15 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Tensors take the model's devices and dtypes. On an error the model is as it was.
 
     Raises:
-        GramianError: anything that does not match: files, names, shapes, kinds, a newer format, values that are not finite.
+        GramianError: anything that does not match: files, names, shapes, kinds, a newer format, NaN.
     """
     folder = Path(directory)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except OSError as error:
-        raise GramianError(f"{folder / DESCRIPTION} cannot be read ({error.strerror}); expected a gramian checkpoint") from error
+        raise GramianError(
+            f"{folder / DESCRIPTION} cannot be read ({error.strerror}); expected a gramian checkpoint"
+        ) from error
     except ValueError as error:
         raise GramianError(f"{folder / DESCRIPTION} is damaged: {error}") from error
     try:
@@ -238,7 +222,7 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _expected(model: nn.Module, replaced: Mapping[str, tuple[nn.Module, nn.Module]]) -> dict[str, Tensor]:
-    """The state that `model` will have once its layers are exchanged; layers that sit at several names count at each."""
+    """The state that `model` will have once its layers are exchanged; a layer at several names counts at each."""
     fresh = {id(old): new for old, new in replaced.values()}
     expected: dict[str, Tensor] = dict(model.state_dict())
     for name, module in model.named_modules(remove_duplicate=False):
@@ -263,13 +247,16 @@ def _match(
         found = stored[source]
         if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
             raise GramianError(
-                f"{file}: tensor {name!r} is {tuple(found.shape)} {found.dtype}; expected {tuple(wanted.shape)} {wanted.dtype}"
+                f"{file}: tensor {name!r} is {tuple(found.shape)} {found.dtype}; "
+                f"expected {tuple(wanted.shape)} {wanted.dtype}"
             )
         _check_finite(f"{file}: {name}", found)
         out[name] = found
     surplus = [name for name in stored if name not in expected]
     if surplus:
-        raise GramianError(f"{file}: surplus tensor {surplus[0]!r}{nearest(surplus[0], expected)}, {len(surplus)} in all")
+        raise GramianError(
+            f"{file}: surplus tensor {surplus[0]!r}{nearest(surplus[0], expected)}, {len(surplus)} in all"
+        )
     return out
 
 

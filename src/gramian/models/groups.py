@@ -9,38 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian.grams import Joint
 from gramian.linalg import polar
 from gramian.models.walk import bias_of, weight_of
 
 HEAD_ATTRIBUTES = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Layers with a joint option.
-
-    Attributes:
-        kind: "neurons" (layers[:-1] write the neurons that layers[-1] reads, coordinate by coordinate), "query_key" or
-            "value_output" (layers (query, key) or (value, output) of one attention).
-        layers: names.
-        heads: attention heads; 0 for neurons.
-    """
-
-    kind: str
-    layers: tuple[str, ...]
-    heads: int = 0
-
-
-@dataclass
-class _Call:
-    name: str
-    site: str
 
 
 def find_groups(

@@ -1,9 +1,9 @@
-"""Compressed models in the format of ``transformers``: what ``save_pretrained`` writes, ``AutoModel.from_pretrained`` loads.
+"""Compressed models in the format of ``transformers``: saved by ``save_pretrained``, loaded by ``from_pretrained``.
 
-``config.json`` carries a ``quantization_config`` with the description of every changed layer; a quantizer registered under
-"gramian" builds those layers before the library streams the weights in. Without the registration the library would build
-the stock layers: the empty ``weight`` of every ``StructuredLinear`` (and the shape of every narrowed layer) then stops
-the load with an error instead of leaving random weights.
+``config.json`` carries a ``quantization_config`` with the description of every changed layer; a quantizer registered
+under "gramian" builds those layers before the library streams the weights in. Without the registration the library
+builds the stock layers: the empty ``weight`` of every ``StructuredLinear`` (and the shape of every narrowed layer)
+then stops the load with an error instead of leaving random weights.
 
 Importing this module imports ``transformers``.
 """
@@ -33,7 +33,7 @@ from gramian import __version__
 from gramian.errors import GramianError, nearest
 from gramian.models.checkpoint import SCHEMA, Layers, atomic_directory, build, check_schema, describe
 from gramian.models.remote_code import MODULE, remote_code
-from gramian.models.swap import conv1d, linear_shape, origin, swap
+from gramian.models.swap import conv1d, linear_shape, origin, own_dtypes, swap
 from gramian.models.walk import is_linear
 from gramian.nn import StructuredLinear
 
@@ -58,7 +58,7 @@ class GramianConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self, layers: Layers | None = None, schema: int = SCHEMA, gramian_version: str = __version__, **other: Any
     ) -> None:
         self.__dict__.update(other)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.schema = schema
         self.gramian_version = gramian_version
         self.layers: Layers = {} if layers is None else layers
@@ -71,34 +71,39 @@ class GramianConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class GramianQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds the changed layers of a compressed checkpoint, and undoes them on ``model.dequantize()``."""
 
+    quantization_config: Any  # a GramianConfig
     requires_calibration = True  # compressing takes data: `gramian.compress`, not a flag of from_pretrained
     requires_parameters_quantization = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         layers: Layers = self.quantization_config.layers
         places = resolve(model, list(layers), same_class=type(model).__name__ in (model.config.architectures or [None]))
+        self.own_dtypes: dict[str, torch.dtype] = {}
         for name, place in places.items():
             old = model.get_submodule(place)
-            swap(model, old, build(name, layers[name], old))
+            new = build(name, layers[name], old)
+            swap(model, old, new)
+            if isinstance(new, StructuredLinear):
+                self.own_dtypes |= {f"{place}.{factor}": dtype for factor, dtype in own_dtypes(new.op).items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # transformers 4 loads half-precision storage in the model's dtype: back to what the file holds.
-        for module in model.modules():
-            for factor in getattr(module, "gramian_half", ()):
-                holder = module.get_submodule(factor)
-                if holder.weight.dtype == torch.float32:
-                    holder.half()
+        # transformers 4 casts every floating tensor; what is stored in half precision goes back to it.
+        for factor, dtype in self.own_dtypes.items():
+            model.get_submodule(factor).to(dtype)
         # A later `save_pretrained` writes no remote-code file, so it must not point to one.
         if model._auto_class is None and _ours(getattr(model.config, "auto_map", None)):
             del model.config.auto_map
         return model
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[None, dict[str, str]]:
-        """Called by ``save_pretrained`` before it writes config.json: the description follows the model as it is now."""
+        """Called by ``save_pretrained`` before it writes config.json: describes the model as it is now."""
         self.quantization_config.layers = describe(model)
         model.config.quantization_config = self.quantization_config
         return None, {}
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Not needed, and the base class of transformers 4 wants accelerate for it."""
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Always."""
@@ -133,14 +138,14 @@ def register() -> None:
 
 
 def resolve(model: Any, names: list[str], *, same_class: bool) -> dict[str, str]:
-    """Where the layers that a checkpoint lists are in `model`, which may be a task model around the saved base, or the reverse.
+    """Where a checkpoint's layers are in `model`, which may be a task model around the saved base, or the reverse.
 
     Args:
         model: the model to load into.
         names: as saved.
-        same_class: `model` is of the class that was saved, so every layer must be there. Otherwise a layer that the class
-            does not have (another task's head) is left out with a warning, as its tensors are; the empty tensor that
-            stands for its weight makes the load fail should that be wrong.
+        same_class: `model` is of the class that was saved, so every layer must be there. Otherwise a layer that the
+            class does not have (another task's head) is left out with a warning, as its tensors are; the empty tensor
+            that stands for its weight makes the load fail should that be wrong.
 
     Raises:
         GramianError: a layer is not there.
@@ -154,11 +159,15 @@ def resolve(model: Any, names: list[str], *, same_class: bool) -> dict[str, str]
         if match is not None:
             places[name] = match
         elif same_class:
-            raise GramianError(f"config.json lists layer {name!r}, not in {type(model).__name__}{nearest(name, modules)}")
+            raise GramianError(
+                f"config.json lists layer {name!r}, not in {type(model).__name__}{nearest(name, modules)}"
+            )
         else:
             logger.warning(f"{type(model).__name__} has no layer {name!r}: that part of the checkpoint is left out")
     if names and not places:
-        raise GramianError(f"config.json lists {len(names)} layers, {names[0]!r} first; none is in {type(model).__name__}")
+        raise GramianError(
+            f"config.json lists {len(names)} layers, {names[0]!r} first; none is in {type(model).__name__}"
+        )
     return places
 
 
@@ -173,10 +182,13 @@ def attach(model: Any, **other: Any) -> None:
     Raises:
         GramianError: not a ``PreTrainedModel``.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise GramianError(f"found a {type(model).__name__}; expected a PreTrainedModel of transformers")
+    _check(model)
     known = getattr(model.config, "quantization_config", None)
-    kept = {key: value for key, value in known.to_dict().items() if key != "layers"} if isinstance(known, GramianConfig) else {}
+    kept = (
+        {key: value for key, value in known.to_dict().items() if key != "layers"}
+        if isinstance(known, GramianConfig)
+        else {}
+    )
     kept |= {"gramian_version": __version__, "schema": SCHEMA, **other}
     kept.pop("quant_method", None)
     model.config.quantization_config = GramianConfig(describe(model), **kept)
@@ -191,8 +203,8 @@ def attach(model: Any, **other: Any) -> None:
 def save_huggingface(model: Any, directory: str | os.PathLike[str], tokenizer: Any = None, **other: Any) -> None:
     """Write a compressed ``PreTrainedModel`` (and its tokenizer) as a checkpoint of ``transformers``, atomically.
 
-    The directory also holds a small file for ``trust_remote_code=True``, so that the model loads where gramian is installed
-    but not imported.
+    The directory also holds a small file for ``trust_remote_code=True``, so that the model loads where gramian is
+    installed but not imported.
 
     Args:
         model: compressed in memory, or loaded from a checkpoint.
@@ -219,6 +231,11 @@ def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **othe
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise GramianError(f"found a {type(model).__name__}; expected a PreTrainedModel of transformers")
 
 
 def restore_dense(model: nn.Module) -> None:

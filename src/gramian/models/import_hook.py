@@ -1,7 +1,7 @@
 """Telling ``transformers`` about gramian's checkpoints without importing it.
 
-``install`` costs nothing until a program imports ``transformers.quantizers.auto`` (which every model class does): the hook
-then registers gramian's loader right after that module has run, and removes itself. It imports neither torch nor
+``install`` costs nothing until a program imports ``transformers.quantizers.auto`` (which every model class does): the
+hook then registers gramian's loader right after that module has run, and removes itself. It imports neither torch nor
 transformers.
 """
 
@@ -52,7 +52,9 @@ def _register() -> None:
         from gramian.models.huggingface import register
 
         register()
-    except Exception as error:  # importing transformers must not fail because of gramian; loading a checkpoint then will
+    except (
+        Exception
+    ) as error:  # importing transformers must not fail because of gramian; loading a checkpoint then will
         warnings.warn(f"gramian could not register its checkpoints with transformers: {error!r}", stacklevel=2)
 
 

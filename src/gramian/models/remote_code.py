@@ -9,7 +9,7 @@ from transformers.models.auto import modeling_auto
 
 MODULE = "modeling_gramian"
 
-_HEAD = '''"""Loads this checkpoint with ``trust_remote_code=True``. The layers are gramian's: ``pip install gramian``."""
+_HEAD = '''"""Loads this checkpoint with ``trust_remote_code=True``; its layers need ``pip install gramian``."""
 
 from gramian.models.huggingface import register
 from transformers import {imports}
@@ -29,7 +29,8 @@ def remote_code(model: Any) -> tuple[str, dict[str, str]]:
 
     Both are empty for a model whose class is not part of ``transformers`` (it has a file of its own).
     """
-    if not isinstance(model, getattr(transformers, type(model).__name__, ())):
+    known = getattr(transformers, type(model).__name__, None)
+    if known is None or known not in type(model).__mro__:
         return "", {}
     auto_map: dict[str, str] = {}
     for auto, factory in sorted(vars(modeling_auto).items()):
@@ -37,7 +38,9 @@ def remote_code(model: Any) -> tuple[str, dict[str, str]]:
         if mapping is None or type(model.config) not in mapping:
             continue
         found = mapping[type(model.config)]
-        classes = list(found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else [found])
+        classes = list(
+            found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else [found]
+        )
         names = [cls.__name__ for cls in classes if hasattr(transformers, getattr(cls, "__name__", ""))]
         if names:
             auto_map[auto] = type(model).__name__ if type(model).__name__ in names else names[0]

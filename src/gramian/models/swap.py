@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gramian.errors import GramianError, nearest
 from gramian.models.walk import is_conv1d, is_linear
 from gramian.nn import StructuredLinear, as_linear
-from gramian.ops import Dense, Operator
+from gramian.ops import Operator
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ def linear_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | None) -> nn.Module:
     """Put a layer for `op` in the place of the linear layer `name`, in place; returns the new layer.
 
-    A dense operator of the old shape gives a layer of the old class, a dense one of another shape (neuron selection) a
-    plain ``nn.Linear``, any other a ``StructuredLinear``. The tensors are copies with the old layer's device, dtype,
-    training mode and ``requires_grad``; half-precision storage of an operator that computes in another dtype stays.
-    Where the old module sits at several names of the network, so does the new one.
+    A dense operator of the first shape gives a layer of the first class, a dense one of another shape (neuron
+    selection) a plain ``nn.Linear``, any other a ``StructuredLinear``. The tensors are copies with the old layer's
+    device, dtype, training mode and ``requires_grad``; half-precision storage of an operator that computes in another
+    dtype stays. Where the old module sits at several names of the network, so does the new one.
 
     Args:
         model: the network.
         name: dotted name of an ``nn.Linear``, Conv1D or ``StructuredLinear``.
-        op: (out, in); other than the old layer's shape only if dense.
+        op: (out, in), neither larger than it was at first.
         bias: (out,) or None.
 
     Raises:
@@ -75,25 +75,27 @@ def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | Non
             (a loader without gramian would not notice).
     """
     old = find_linear(model, name)
-    shape, weight = linear_shape(old), old.weight
+    before, weight = origin(old), old.weight
     assert isinstance(weight, Tensor)
-    if not isinstance(op, Dense) and op.shape != shape:
-        raise GramianError(f"layer {name!r} is {shape[0]} x {shape[1]}; found a {op.kind} operator of shape {op.shape}")
+    check_shape(name, op.shape, before)
     if bias is not None and tuple(bias.shape) != (op.shape[0],):
         raise GramianError(f"layer {name!r}: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
 
-    def copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return tensor.detach().to(weight.device, dtype, copy=True, memory_format=torch.contiguous_format)
-
-    dtype = None if op.dtype == weight.dtype else weight.dtype
-    factors = {key: copy(t, dtype if t.is_floating_point() else None) for key, t in op.factors().items()}
-    bias = None if bias is None else copy(bias, weight.dtype)
-    layer: nn.Module = as_linear(op.replace(**factors), bias)
-    before = origin(old)
+    apart = own_dtypes(op)
+    moved = {
+        key: t.detach()
+        .to(weight.device, weight.dtype if t.is_floating_point() and key not in apart else t.dtype)
+        .contiguous()
+        for key, t in op.factors().items()
+    }
+    layer: nn.Module = as_linear(op.replace(**moved), None if bias is None else bias.detach().to(weight))
+    if isinstance(layer, StructuredLinear):
+        layer.weight = layer.weight.to(weight.dtype)
     if isinstance(layer, nn.Linear) and op.shape == before.shape:
         if (bias is None) != (old.bias is None):
+            what = "added" if old.bias is None else "removed"
             raise GramianError(
-                f"layer {name!r} is dense, of unchanged shape, and its bias was {'added' if old.bias is None else 'removed'}; "
+                f"layer {name!r} is dense, of unchanged shape, and its bias was {what}; "
                 "keep a bias (zero if need be) exactly where there was one"
             )
         if before.transposed:
@@ -104,14 +106,33 @@ def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | Non
     return layer
 
 
+def own_dtypes(op: Operator) -> dict[str, torch.dtype]:
+    """The floating-point factors that are stored in another dtype than their operator computes in, and so do not follow
+    the model's: half-precision scales.
+    """
+    return {
+        name: tensor.dtype
+        for name, tensor, owner, _ in op._walk()
+        if tensor.is_floating_point() and tensor.dtype != owner.dtype
+    }
+
+
+def check_shape(name: str, shape: tuple[int, int], before: Origin) -> None:
+    """Raise a GramianError if a layer is larger than the one it stands for."""
+    if shape[0] > before.shape[0] or shape[1] > before.shape[1]:
+        raise GramianError(f"layer {name!r}: shape {shape}; expected at most {before.shape}, the model's own")
+
+
 def conv1d(linear: nn.Linear) -> nn.Module:
     """The same layer as a Conv1D of ``transformers``: weight (in, out), always with a bias."""
     from transformers.pytorch_utils import Conv1D
 
-    layer: nn.Module = Conv1D(0, 0)
+    layer: nn.Module = Conv1D(0, 0)  # type: ignore[no-untyped-call]
     layer.nf, layer.nx = linear.weight.shape  # type: ignore[assignment]
     layer.weight = nn.Parameter(linear.weight.detach().mT.contiguous())
-    layer.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach())
+    layer.bias = nn.Parameter(
+        linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach()
+    )
     return layer
 
 
@@ -121,7 +142,7 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
     Raises:
         GramianError: no such module (the message lists the nearest names) or not a linear layer.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if not name or name not in modules:
         linears = [known for known, module in modules.items() if is_linear(module)]
         raise GramianError(f"no layer {name!r} in {type(model).__name__}{nearest(name, linears)}")

@@ -25,7 +25,8 @@ class Workload:
         run: (model, batch) -> raw output.
         features: (model, batch) -> (sequences, d) float tensor: what the compressed model should reproduce.
         mask: (batch) -> (sequences, tokens) or None.
-        tokens: (model, batch) -> (real tokens, d) hidden states that healing may match too, or None.
+        outputs: (model, batch) -> [features, hidden states (real tokens, d) of each block ...]: what healing matches.
+        augment: (batch, generator) -> a batch of recombined inputs, or None where inputs cannot be recombined.
         name: what the features are, for reports.
     """
 
@@ -33,6 +34,8 @@ class Workload:
     run: Callable[[nn.Module, Batch], Any]
     features: Callable[[nn.Module, Batch], Tensor]
     mask: Callable[[Batch], Tensor | None]
+    outputs: Callable[[nn.Module, Batch], list[Tensor]]
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
     name: str = "relative error of outputs"
     logits: Callable[[nn.Module, Batch], Tensor] | None = None
     kind: str = "tensors"
@@ -40,6 +43,10 @@ class Workload:
     def sizes(self) -> list[int]:
         """Sequences in each batch."""
         return [_length(batch) for batch in self.batches]
+
+    def head(self, sequences: int) -> Batch:
+        """The first few sequences of the first batch."""
+        return _cut(self.batches[0], sequences)
 
     def objective(self, kind: str) -> Objective | None:
         """The probe of the loss's curvature, by name.
@@ -79,6 +86,16 @@ class Workload:
         return (loss * mask.reshape(-1).to(loss)).sum() if mask is not None else loss.sum()
 
 
+def _cut(batch: Batch, sequences: int) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch[:sequences]
+    if hasattr(batch, "items"):
+        return {key: _cut(value, sequences) for key, value in batch.items()}
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return tuple(_cut(value, sequences) for value in batch)
+    return batch
+
+
 def _length(batch: Batch) -> int:
     if isinstance(batch, Tensor):
         return len(batch)
@@ -114,7 +131,7 @@ def tensor_workload(batches: Sequence[Batch]) -> Workload:
         output = first_tensor(run(model, batch))
         return output.reshape(len(output), -1)
 
-    return Workload(batches, run, features, lambda batch: None)
+    return Workload(batches, run, features, lambda batch: None, lambda model, batch: [features(model, batch)])
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -187,6 +204,12 @@ def text_workload(
             states = output.last_hidden_state if hasattr(output, "last_hidden_state") else first_tensor(output)
         return pool(states, batch["attention_mask"], pooling)
 
+    def outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+        result = model(**batch, output_hidden_states=True)
+        real = batch["attention_mask"].bool()
+        states = [state[real] for state in result.hidden_states[1:]]
+        return [pool(result.hidden_states[-1], batch["attention_mask"], pooling), *states]
+
     def logits(model: nn.Module, batch: Batch) -> Tensor:
         result = run(model, batch).logits
         assert isinstance(result, Tensor)
@@ -197,10 +220,38 @@ def text_workload(
         run,
         features,
         lambda batch: batch["attention_mask"],
+        outputs,
+        recombine,
         "cosine of sentence embeddings",
         logits if language_model else None,
         kind="text",
     )
+
+
+def recombine(batch: Batch, generator: torch.Generator) -> Batch:
+    """New token sequences from a padded batch: each joins a span of one sequence to a span of another.
+
+    Special tokens at the ends (the first and last real token) stay where they are; lengths do not grow.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    fresh_ids, fresh_mask = ids.clone(), torch.zeros_like(batch["attention_mask"])
+    partners = torch.randperm(len(ids), generator=generator)
+    rows = [ids[i][mask[i]] for i in range(len(ids))]
+    for i, own in enumerate(rows):
+        other = rows[int(partners[i])]
+        cuts = torch.rand(3, generator=generator)
+        if len(own) < 6 or len(other) < 6:
+            joined = own
+        else:
+            inner, added = own[1:-1], other[1:-1]
+            start = int(cuts[0] * len(inner) / 2)
+            stop = start + 1 + int(cuts[1] * (len(inner) - start))
+            begin = int(cuts[2] * len(added))
+            body = torch.cat([inner[start:stop], added[begin:]])[: ids.shape[1] - 2]
+            joined = torch.cat([own[:1], body, own[-1:]])
+        place = torch.arange(len(joined)) + (0 if bool(mask[i, 0]) else ids.shape[1] - len(joined))
+        fresh_ids[i, place], fresh_mask[i, place] = joined, 1
+    return {**batch, "input_ids": fresh_ids, "attention_mask": fresh_mask}
 
 
 def pool(states: Tensor, mask: Tensor, pooling: str = "mean") -> Tensor:

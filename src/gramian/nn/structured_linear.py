@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
-from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection, Skeleton, Sum, from_config
+from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
 
 class Factor(nn.Module):
@@ -36,14 +36,21 @@ class StructuredLinear(nn.Module):
     instead of starting from random weights; it also carries dtype and device for code that asks ``layer.weight``.
 
     Without gradients the layer runs ``op.runtime()`` (a factor pair or the materialised matrix, whichever is faster),
-    made once and made again when a factor changes. With gradients it runs the stored factors.
+    made once and made again when a factor changes. With gradients it runs the stored factors. A change that torch
+    does not count (through ``parameter.data``, or by a fused optimizer) is seen after the next pass with gradients or
+    the next ``train()`` / ``eval()``.
 
     Args:
-        op: shape (out, in).
-        bias: (out,) or None.
+        op: shape (out, in); its factors are copied.
+        bias: (out,) or None; copied.
+
+    Raises:
+        GramianError: the bias does not fit, or a factor has the name of an attribute of the layer (``weight`` of a
+            Dense operator: use ``as_linear``).
     """
 
     weight: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, op: Operator, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -52,13 +59,19 @@ class StructuredLinear(nn.Module):
             raise GramianError(f"StructuredLinear: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
         trainable, matrices = op.trainable(), op.linear_factors()
         for name, value in op.factors().items():
+            root = name.partition(".")[0]
+            if root in ("weight", "bias") or hasattr(type(self), root):
+                raise GramianError(
+                    f"StructuredLinear: the factor {name!r} of a {op.kind} operator has the name of an attribute of the "
+                    "layer; rename it, or use as_linear for a dense operator"
+                )
             _attach(self, name, value, name in trainable, name in matrices)
         self.register_buffer("weight", torch.empty(0, dtype=op.dtype, device=op.device))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self._config = op.config()
         self._template = from_config(self._config)  # on the meta device: structure without numbers
         self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
-        self._prepared: tuple[tuple[Any, ...], Operator] | None = None
+        self._prepared: tuple[list[Any], list[Tensor], tuple[Operator, tuple[Tensor, ...]]] | None = None
 
     @classmethod
     def from_config(
@@ -70,8 +83,11 @@ class StructuredLinear(nn.Module):
         device: torch.device | str = "meta",
     ) -> StructuredLinear:
         """An uninitialised layer of a recorded structure, ready for a state dict."""
-        op = from_config(config, dtype=dtype or torch.get_default_dtype(), device=device)
-        return cls(op, torch.empty(op.shape[0], dtype=dtype, device=device) if bias else None)
+        dtype = dtype or torch.get_default_dtype()
+        op = from_config(config, dtype=dtype, device=device)
+        layer = cls(op, torch.empty(op.shape[0], dtype=dtype, device=device) if bias else None)
+        layer.weight = layer.weight.to(dtype)  # factors with a dtype of their own (scales) do not speak for the layer
+        return layer
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs; JSON-able."""
@@ -85,7 +101,7 @@ class StructuredLinear(nn.Module):
     def _holder(self, name: str) -> nn.Module:
         module: nn.Module = self
         for part in name.split("."):
-            module = getattr(module, part)
+            module = module._modules[part]  # type: ignore[assignment]
         return module
 
     def _factor(self, name: str) -> Tensor:
@@ -94,35 +110,62 @@ class StructuredLinear(nn.Module):
         assert isinstance(weight, Tensor)
         return weight.view(self._shapes[name])
 
-    def _plain(self) -> bool:
-        """Whether no adapter library has wrapped a factor."""
-        return all(isinstance(self._holder(name), Factor) or type(self._holder(name)) is nn.Linear for name in self._shapes)
+    def _plain(self, prefix: str = "") -> bool:
+        """Whether the children whose names start with `prefix` are as they were made: no adapter library has wrapped one,
+        and no hook waits for a call.
+        """
+        for name in self._shapes:
+            if name.startswith(prefix):
+                holder = self._holder(name)
+                kind = type(holder)
+                hooked = kind is nn.Linear and (holder._forward_pre_hooks or holder._forward_hooks)
+                if hooked or (kind is not nn.Linear and kind is not Factor):
+                    return False
+        return True
 
     def prepared(self) -> Operator:
-        """The operator in the form that runs fastest, cached until a factor changes."""
-        weights = [self._holder(name).weight for name in self._shapes]
-        key = tuple((w.data_ptr(), w._version, w.dtype) for w in weights)  # type: ignore[operator, union-attr]
+        """The operator in the form that runs fastest, cached until a factor changes; the operator itself where a change
+        could not be seen (factors made under ``torch.inference_mode``, or standing in for a function transform).
+        """
+        return self._prepare()[0]
+
+    def _prepare(self) -> tuple[Operator, tuple[Tensor, ...]]:
+        """``prepared()``, and the plain matrices to apply one after the other where it is only that."""
+        factors: list[Any] = [self._holder(name).weight for name in self._shapes]
+        try:
+            key = [(factor.data_ptr(), factor._version, factor.dtype) for factor in factors]
+        except RuntimeError:
+            return self.op, ()
         if self._prepared is None or self._prepared[0] != key:
-            with torch.no_grad():
-                self._prepared = (key, self.op.runtime())
-        return self._prepared[1]
+            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+                op = self.op.runtime().to(dtype=self.weight.dtype)
+                matrices: tuple[Tensor, ...] = ()
+                if isinstance(op, Dense):
+                    matrices = (op.weight,)
+                elif isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+                    matrices = (op.right[0], op.left[0])
+                # The cache keeps hold of the factors it was made from, so that their addresses are not used again.
+                self._prepared = (key, [factor.detach() for factor in factors], (op, matrices))
+        return self._prepared[2]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        if torch.compiler.is_compiling():
-            y = self.op.apply(x)
-        elif not self._plain():
+        """As ``nn.Linear``: x (..., in) -> (..., out)."""
+        if not self._plain():
+            self._prepared = None
             y = self._through_children(self._template, "", x)
+        elif torch.compiler.is_compiling():
+            y = self.op.apply(x)
         elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            self._prepared = None
             y = self.op.apply(x)
         else:
-            op = self.prepared()
-            if isinstance(op, Dense):
-                return F.linear(x, op.weight, self.bias)
-            if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-                return F.linear(F.linear(x, op.right[0]), op.left[0], self.bias)
+            op, matrices = self._prepare()
+            if matrices:
+                for matrix in matrices[:-1]:
+                    x = F.linear(x, matrix)
+                return F.linear(x, matrices[-1], self.bias)
             y = op.apply(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _through_children(self, op: Operator, prefix: str, x: Tensor) -> Tensor:
         """The product by calling the child layers, so that what wraps them (an adapter) takes part.
@@ -130,6 +173,8 @@ class StructuredLinear(nn.Module):
         Raises:
             GramianError: the structure has no such form.
         """
+        if self._plain(prefix):
+            return op.replace(**{name: self._factor(prefix + name) for name in op.factors()}).apply(x)
         if isinstance(op, Dense):
             return self._holder(prefix + "weight")(x)  # type: ignore[no-any-return]
         if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
@@ -138,16 +183,13 @@ class StructuredLinear(nn.Module):
             first = self._holder(prefix + "basis")(x)
             both = torch.cat([first, self._holder(prefix + "coefficients")(first)], -1)
             return torch.zeros_like(both).index_copy(-1, self._factor(prefix + "order").long(), both)
-        if isinstance(op, Selection):
-            return op.replace(index=self._factor(prefix + "index")).apply(x)
         if isinstance(op, Product):
             for i in reversed(range(len(op.parts))):
                 x = self._through_children(op.parts[i], f"{prefix}parts.{i}.", x)
             return x
         if isinstance(op, Sum):
-            return torch.stack(
-                [self._through_children(part, f"{prefix}parts.{i}.", x) for i, part in enumerate(op.parts)]
-            ).sum(0)
+            parts = [self._through_children(part, f"{prefix}parts.{i}.", x) for i, part in enumerate(op.parts)]
+            return torch.stack(parts).sum(0)
         raise GramianError(
             f"a {op.kind} layer cannot run through wrapped factors {list(self._shapes)}; "
             "leave its factors out of the adapter's targets"
@@ -169,29 +211,24 @@ class StructuredLinear(nn.Module):
         """Shown by ``print(model)``."""
         return f"{self._template.kind}, in_features={self.in_features}, out_features={self.out_features}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StructuredLinear:
+    def train(self, mode: bool = True) -> StructuredLinear:
+        """As ``nn.Module.train``; what was prepared is made again."""
         self._prepared = None
-        super()._apply(fn, recurse)
+        super().train(mode)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredLinear:
-        import copy
-
-        prepared, self._prepared = self._prepared, None
-        try:
-            fresh = self.__class__.__new__(self.__class__)
-            memo[id(self)] = fresh
-            fresh.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        finally:
-            self._prepared = prepared
-        return fresh
+    def _apply(self, fn: Any, recurse: bool = True) -> StructuredLinear:
+        self._prepared = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
 
 
 def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:
-    """Add `value` under the dotted `name`, making containers on the way."""
+    """Add a copy of `value` under the dotted `name`, making containers on the way."""
+    value = value.detach().clone(memory_format=torch.contiguous_format)
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:
@@ -200,9 +237,9 @@ def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: 
     if matrix:
         out, in_ = value.shape[-2:]
         holder: nn.Module = nn.Linear(in_, out, bias=False, device="meta", dtype=value.dtype)
-        holder.weight = nn.Parameter(value.detach().reshape(out, in_), requires_grad=trainable)
+        holder.weight = nn.Parameter(value.reshape(out, in_), requires_grad=trainable)
     else:
-        holder = Factor(value.detach(), trainable)
+        holder = Factor(value, trainable)
     root.add_module(last, holder)
 
 

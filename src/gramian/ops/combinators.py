@@ -175,7 +175,7 @@ class Scaled(Operator):
         return self.factor * self.base.apply(x)
 
     def dense(self) -> Tensor:
-        return self.factor * self.base.dense()
+        return self.factor * self.base.dense().to(self.device, self.dtype)
 
     def transpose(self) -> Operator:
         return Scaled(self.factor, self.base.T)
@@ -234,7 +234,7 @@ class BlockDiag(_Composite):
         return (sum(part.shape[0] for part in self.parts), sum(part.shape[1] for part in self.parts))
 
     def apply(self, x: Tensor) -> Tensor:
-        pieces = x.split([part.shape[1] for part in self.parts], dim=-1)
+        pieces = torch.split(x, [part.shape[1] for part in self.parts], dim=-1)
         return torch.cat([part.apply(piece) for part, piece in zip(self.parts, pieces, strict=True)], dim=-1)
 
     def dense(self) -> Tensor:

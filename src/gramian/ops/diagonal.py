@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import GramianError
+from gramian.linalg import psd_solve
 from gramian.ops.operator import Operator, Size, register
 
 
@@ -54,8 +55,6 @@ class Diagonal(Operator):
             raise GramianError(f"diagonal needs a square matrix, found {tuple(weight.shape)}")
         if gram_in is None and gram_out is None:
             return cls(weight.diagonal().clone())
-        from gramian.linalg import psd_solve
-
         grams = gram_in, gram_out
         w = weight.to(torch.float64)
         eye = torch.eye(len(w), dtype=w.dtype, device=w.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
-from gramian.linalg import svd
+from gramian.linalg import psd_solve, svd
 from gramian.ops.block_low_rank import DENSE_ABOVE
 from gramian.ops.dense import Dense, spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
-FILLS = 200
-"""At most so many fills of the padding when sizes do not divide."""
+SWEEPS = 200
+"""At most so many sweeps of alternating least squares where sizes do not divide."""
 
 
 @register
@@ -91,9 +92,9 @@ class KroneckerSum(Operator):
         **size: Any,
     ) -> KroneckerSum:
         """The Frobenius optimum by the rearrangement of Van Loan and Pitsianis (1993): the SVD of the matrix whose rows
-        are the vectorised blocks. Where the sizes do not divide, what the padding holds is free: it is filled with the
-        approximation itself until it settles (the error falls with every fill). The Grams are not used here;
-        ``gramian.fit.fit`` starts from this and polishes.
+        are the vectorised blocks. Where the sizes do not divide, what the padding holds is free, and alternating least
+        squares over the real entries follow (the error never rises). The Grams are not used here; ``gramian.fit.fit``
+        starts from this and polishes.
 
         Args:
             weight: (out, in).
@@ -114,18 +115,20 @@ class KroneckerSum(Operator):
             padded = F.pad(matrix, padding).reshape(m1, m2, n1, n2)
             return padded.permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
 
-        wanted, real = rearrange(weight.double()), rearrange(torch.ones_like(weight)) > 0
-        target, k = wanted, min(terms, m1 * n1, m2 * n2)
-        for _ in range(1 if not any(padding) else FILLS):
-            u, sigma, vh = svd(target)
-            left_factors, right_factors = u[:, :k] * sigma[:k].sqrt(), sigma[:k, None].sqrt() * vh[:k]
-            filled = torch.where(real, wanted, left_factors @ right_factors)
-            target, moved = filled, float((filled - target).norm())
-            if moved <= 1e-14 * float(wanted.norm()):
-                break
-        return cls(
-            left_factors.mT.reshape(k, m1, n1).to(weight), right_factors.reshape(k, m2, n2).to(weight), out, in_
-        )
+        target, k = rearrange(weight.double()), min(terms, m1 * n1, m2 * n2)
+        u, sigma, vh = svd(target)
+        root = sigma[:k].sqrt()
+        first, second = u[:, :k] * root, vh[:k] * root[:, None]
+        if any(padding):
+            real = rearrange(torch.ones_like(weight)) > 0
+            error = last = math.inf
+            for _ in range(SWEEPS):
+                first = _masked_solve(target, real, second)
+                second = _masked_solve(target.mT, real.mT, first.mT).mT
+                last, error = error, float(((target - first @ second) * real).norm())
+                if error > 0.999 * last:
+                    break
+        return cls(first.mT.reshape(k, m1, n1).to(weight), second.reshape(k, m2, n2).to(weight), out, in_)
 
     @classmethod
     def init(
@@ -154,6 +157,16 @@ class KroneckerSum(Operator):
         each = m1 * n1 + -(-out // m1) * -(-in_ // n1)
         terms = min(int(keep * out * in_ / each), m1 * n1)
         return [{"terms": terms, "left": [m1, n1]}] if terms >= 1 else []
+
+
+def _masked_solve(target: Tensor, known: Tensor, right: Tensor) -> Tensor:
+    """The left (m, k) that brings ``left @ right`` nearest to `target` (m, n) over its `known` entries (m, n)."""
+    left = target.new_zeros(len(target), len(right))
+    patterns, which = torch.unique(known, dim=0, return_inverse=True)  # few: padding comes in blocks
+    for i, seen in enumerate(patterns):
+        basis, rows = right[:, seen], which == i
+        left[rows] = psd_solve(basis @ basis.mT, basis @ target[rows][:, seen].mT).mT
+    return left
 
 
 def _near_root(n: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import hadamard_transform, largest_power_of_two
-from gramian.ops.dense import Dense
+from gramian.ops.dense import Dense, spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
 GRIDS = ("uniform", "gaussian")
@@ -141,9 +141,11 @@ class Quantized(Operator):
         The error ``tr(D G D^T)`` couples the columns of one row. A first pass rounds column by column and moves each
         column's target by the errors already made (GPTQ, Frantar et al. 2023; the LDLQ of QuIP, Chee et al. 2023).
         Further `passes` are coordinate descent on the same objective: refit every scale (least squares), then visit
-        each column again and round it to its best level given all others; the objective never rises.
+        each column again and round it to its best level given all others; the objective never rises. Both work with a
+        slightly damped Gram; a row that ends worse than its rounding to nearest in the Gram itself keeps the latter.
 
-        Rows are treated apart, so `gram_out` does not enter.
+        Rows are treated apart, so `gram_out` does not enter. Scales are stored in half precision: entries far below
+        1e-4 want rescaling first.
 
         Args:
             bits: 2 to 8.
@@ -176,12 +178,15 @@ class Quantized(Operator):
             full = torch.diag(gram_in) if gram_in.dim() == 1 else gram_in
             gram = turn(turn(full.double()).mT.contiguous())
         levels = grid_levels(grid, bits).double()
-        importance = None if gram is None else gram.diagonal()
+        # A channel that calibration never used still gets a sensible scale.
+        importance = None if gram is None else gram.diagonal() + DAMPING * gram.diagonal().mean().clamp_min(1e-30)
         scales = _scales(w, levels, group, importance)
-        if gram is None or not feedback:
-            codes = _nearest(w / _spread(scales, group, in_), levels)
-        else:
-            codes, scales = _round_with_feedback(w, gram, scales, levels, group, passes)
+        codes = _nearest(w / _spread(scales, group, in_), levels)
+        if gram is not None and feedback:
+            rounded = _round_with_feedback(w, gram, scales, levels, group, passes)
+            errors = [_row_errors(w - levels[c] * _spread(s, group, in_), gram) for c, s in ((codes, scales), rounded)]
+            better = (errors[1] < errors[0])[:, None]
+            codes, scales = torch.where(better, rounded[0], codes), torch.where(better, rounded[1], scales)
         return cls(
             _pack(codes, bits),
             scales.to(torch.float16),
@@ -197,20 +202,23 @@ class Quantized(Operator):
     def init(
         cls, shape: tuple[int, int], *, generator: torch.Generator | None = None, **size: Any
     ) -> Quantized:
-        from gramian.ops.dense import spectral_normal
-
         return cls.fit(spectral_normal(shape, generator), **size)
 
     @classmethod
     def bytes_for(cls, shape: tuple[int, int], bits: int, group: int = 128) -> int:
         """Bytes a member of this size stores: codes, half-precision scales and packed signs."""
         out, in_ = shape
-        return out * -(-in_ * bits // 8) + 2 * out * -(-in_ // min(group, max(in_, 1))) + -(-in_ // 8)
+        signs = -(-in_ // 8) if in_ % 2 == 0 else 0  # an odd length is not rotated
+        return out * -(-in_ * bits // 8) + 2 * out * -(-in_ // min(group, max(in_, 1))) + signs
 
     @classmethod
     def sizes(cls, shape: tuple[int, int], keep: float) -> list[Size]:
-        """Rounding saves bytes, not numbers: every entry keeps a code, so `keep` must be above one."""
-        return [{"bits": b} for b in range(8, 1, -1)] if keep > 1 else []
+        """Rounding saves bytes, not numbers: every entry keeps a code and the scales come on top, so `keep` must be
+        above one.
+        """
+        out, in_ = shape
+        numel = out * in_ + out * -(-in_ // 128) + (in_ if in_ % 2 == 0 else 0)
+        return [{"bits": b} for b in range(8, 1, -1)] if numel <= keep * out * in_ else []
 
 
 _LEVELS: dict[tuple[str, int], list[float]] = {}
@@ -331,6 +339,11 @@ def _round_with_feedback(
         if not _descend(w, gram, codes, spread, levels):
             break
     return codes, _refit_scales(w, gram, levels[codes], scales, group)
+
+
+def _row_errors(difference: Tensor, gram: Tensor) -> Tensor:
+    """``diag(D G D^T)`` (out,)."""
+    return ((difference @ gram) * difference).sum(1)
 
 
 def _refit_scales(w: Tensor, gram: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:

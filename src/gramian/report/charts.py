@@ -62,8 +62,8 @@ def bars(rows: Sequence[Bar], *, title: str, subtitle: str = "", legend: Mapping
         legend: name of a series -> its colour.
     """
     longest = max((max(_sum(row), row.total or 0.0 if finite(row.total) else 0.0) for row in rows), default=0.0)
-    left = min(190.0, 14 + 5.9 * max((len(shorten(row.label, 30)) for row in rows), default=0))
-    right = 14 + 5.9 * max((len(row.text) for row in rows), default=0)
+    left = min(200.0, 14 + 6.5 * max((len(shorten(row.label, 30)) for row in rows), default=0))
+    right = 14 + 6.8 * max((len(row.text) for row in rows), default=0)
     scale = (_WIDTH - left - right) / longest if longest > 0 else 0.0
     step, thick = 22.0, 13.0
     body = []
@@ -101,7 +101,7 @@ def scatter(
     values = [value for x, y, _ in shown for value in (x, y)]
     low, high = (min(values) / 1.25, max(values) * 1.25) if values else (0.1, 1.0)
     if high / low < 10:  # a range of less than a decade would magnify noise
-        centre = math.sqrt(low * high)
+        centre = math.sqrt(low) * math.sqrt(high)
         low, high = centre / math.sqrt(10), centre * math.sqrt(10)
     frame = _Frame((low, high), (low, high), _WIDTH, 340.0, log_x=True, log_y=True)
     body = [frame.axes(x_title, y_title)]
@@ -182,7 +182,7 @@ class _Frame:
         self.x_ticks = _ticks(*x_range, most[0], log_x)
         self.y_ticks = _ticks(*y_range, most[1], log_y)
         widest = max((len(label) for _, label in self.y_ticks), default=1)
-        self.left = 8 + 6.2 * widest + (0 if small else 18)
+        self.left = 8 + (6.2 if small else 7.0) * widest + (0 if small else 18)
         self.right = width - (10 if small else 14)
         self.top, self.bottom = 7.0, height - (18 if small else 40)
         self.x = _scale(x_range, (self.left, self.right), log_x)

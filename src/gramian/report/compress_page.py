@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gramian.report.charts import COLOURS, GREY, Bar, Part, Point, Series, bars, lines, scatter
@@ -110,11 +110,10 @@ def faster(measurement: Json) -> str:
 
 def budget_text(budget: Json) -> str:
     """What was asked and what was used, in one sentence."""
-    name, unit = UNITS[budget["cost"]]
     met = "met" if budget["used"] <= budget["asked"] else "NOT met"
     return (
-        f"Asked: at most {count(budget['asked'], unit)} {name}, {percent(budget['keep'])} of the chosen layers. "
-        f"Used: {count(budget['used'], unit)}, {percent(ratio(budget['used'], budget['asked']))} of the budget: {met}."
+        f"at most {budget['asked']:,} {UNITS[budget['cost']][0]}, {percent(budget['keep'])} of the chosen layers; used "
+        f"{budget['used']:,}, {percent(ratio(budget['used'], budget['asked']))} of the budget: {met}."
     )
 
 
@@ -170,7 +169,8 @@ def _headline(report: Json) -> str:
         )
         shown.append(Tile("Speed", faster(measurement), detail))
     budget = report["budget"]
-    body = tiles(shown) + f'<div class="under">{note(budget_text(budget), warning=budget["used"] > budget["asked"])}'
+    body = tiles(shown) + '<div class="under">'
+    body += note(f"Budget: {budget_text(budget)}", warning=budget["used"] > budget["asked"])
     warnings = report["warnings"]
     body += "".join(note(shorten(text, 500), warning=True) for text in warnings[:_MOST_WARNINGS])
     if len(warnings) > _MOST_WARNINGS:
@@ -181,11 +181,11 @@ def _headline(report: Json) -> str:
 def _overview(report: Json, colours: Mapping[str, str]) -> str:
     cost = report["budget"]["cost"]
     name, unit = UNITS[cost]
-    blocks = _gather(report["layers"], block_of, _MOST_BLOCKS, "other blocks")
-    groups = _gather(report["layers"], group_of, _MOST_GROUPS, "other kinds")
+    blocks, hidden = _gather(report["layers"], block_of, _MOST_BLOCKS)
+    groups, hidden_groups = _gather(report["layers"], group_of, _MOST_GROUPS)
 
     def rows(gathered: Mapping[str, Sequence[Json]], relative: bool) -> list[Bar]:
-        prefix = _common_prefix(list(gathered))
+        prefix = common_prefix(list(gathered))
         made = []
         for label, members in gathered.items():
             before = sum(layer[f"{cost}_before"] for layer in members)
@@ -201,6 +201,8 @@ def _overview(report: Json, colours: Mapping[str, str]) -> str:
         return made
 
     where = f"{name} kept, by structure; the grey track is what the layers had"
+    where += f"; {hidden} more blocks are not shown" if hidden else ""
+    over = "share kept, over all blocks" + (f"; {hidden_groups} more kinds are not shown" if hidden_groups else "")
     return Html(
         grid(
             (
@@ -208,7 +210,7 @@ def _overview(report: Json, colours: Mapping[str, str]) -> str:
                 bars(
                     rows(groups, True),
                     title="Per kind of layer",
-                    subtitle="share kept, over all blocks",
+                    subtitle=over,
                     legend=colours,
                 ),
             )
@@ -220,7 +222,7 @@ def _layers(report: Json, colours: Mapping[str, str]) -> str:
     cost = report["budget"]["cost"]
     name, unit = UNITS[cost]
     shown, left = _largest(report["layers"], _MOST_LAYERS, f"{cost}_before")
-    prefix = _common_prefix([layer["name"] for layer in report["layers"]])
+    prefix = common_prefix([layer["name"] for layer in report["layers"]])
     power = _power([layer[key] for layer in shown for key in ("predicted", "measured")])
     rows: list[list[Value]] = []
     for layer in shown:
@@ -230,9 +232,9 @@ def _layers(report: Json, colours: Mapping[str, str]) -> str:
         joint = ""
         if layer["joint"]:
             own = layer["name"]
-            others = ", ".join(other[len(_common_prefix([own, other])) :] for other in layer["joint"][:3])
+            others = ", ".join(other[len(common_prefix([own, other])) :] for other in layer["joint"][:3])
             more = f" and {len(layer['joint']) - 3} more" if len(layer["joint"]) > 3 else ""
-            joint = f'<small class="under-chip">with {escape(shorten(others + more, 60))}</small>'
+            joint = f"<small>with {escape(shorten(others + more, 60))}</small>"
         out, inputs = layer["shape"]
         label = shorten(layer["name"][len(prefix) :], 64)
         structure = chip(shorten(layer["structure"], 40), colours[layer["structure"]])
@@ -240,9 +242,9 @@ def _layers(report: Json, colours: Mapping[str, str]) -> str:
         rows.append(
             [
                 # A name breaks after its dots.
-                Cell(Html(escape(label).replace(".", ".<wbr>")), label),
+                Cell(Html(escape(label).replace(".", ".<wbr>") + joint), label),
                 Cell(f"{out} \N{MULTIPLICATION SIGN} {inputs}", out * inputs, numeric=True),
-                Cell(Html(structure + joint), layer["structure"]),
+                Cell(structure, layer["structure"]),
                 shorten(size_text(layer["size"]), 60),
                 Cell(_change(before, after, unit), after, numeric=True),
                 Cell(kept, share, numeric=True),
@@ -255,8 +257,8 @@ def _layers(report: Json, colours: Mapping[str, str]) -> str:
     times = f" \N{MULTIPLICATION SIGN}1e{power}" if power else ""
     caption = (
         f"Predicted and measured: increase of the loss{times}. Relative error: of the layer's outputs, weighted by "
-        "both Gram matrices. Effective rank: of the weight seen through the Grams. Gram rank: directions its inputs use. "
-        "Click a heading to sort."
+        "both Gram matrices. Effective rank: of the weight seen through the Grams. Gram rank: directions its inputs "
+        "use. Click a heading to sort."
     )
     if prefix:
         caption = f"Names are shown without their common beginning, {shorten(prefix)} {caption}"
@@ -296,8 +298,8 @@ def _errors(layers: Sequence[Json], colours: Mapping[str, str]) -> str:
         Point(layer["predicted"], layer["measured"], layer["name"], colours[layer["structure"]]) for layer in shown
     ]
     legend = {name: colour for name, colour in colours.items() if name != "dense"}
-    worst, _ = _largest(changed, 12, "measured" if pairs else "predicted", keep_order=False)
-    prefix = _common_prefix([layer["name"] for layer in layers])
+    worst, _ = _largest(changed, 15, "measured" if pairs else "predicted", keep_order=False)
+    prefix = common_prefix([layer["name"] for layer in layers])
     costly = []
     for layer in worst:
         value = layer["measured"] if pairs else layer["predicted"]
@@ -339,7 +341,7 @@ def _spectra(layers: Sequence[Json]) -> str:
     )
     if left:
         text += f" Of {len(known)} layers, the {_MOST_SPECTRA} with the largest predicted error are shown."
-    prefix = _common_prefix([layer["name"] for layer in layers])
+    prefix = common_prefix([layer["name"] for layer in layers])
     figures = []
     for layer in shown:
         curves = []
@@ -430,20 +432,20 @@ def _left_alone(left: Sequence[Json]) -> str:
     reasons: dict[str, list[str]] = {}
     for item in left:
         reasons.setdefault(item["reason"], []).append(item["name"])
-    rows: list[list[Value]] = []
+    items = []
     for reason, names in list(reasons.items())[:_MOST_REASONS]:
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        rows.append([shorten(reason, 300), len(names), ", ".join(map(shorten, names[:_MOST_NAMES])) + more])
-    hidden = len(reasons) - len(rows)
-    caption = f"{hidden} more reasons are in report.json." if hidden else ""
-    return table(["Reason", "Count", "Which"], rows, caption=caption, sort=False)
+        number_of = f" ({len(names)})" if len(names) > 1 else ""
+        items.append((shorten(reason, 300) + number_of, ", ".join(map(shorten, names[:_MOST_NAMES])) + more))
+    hidden = len(reasons) - len(items)
+    return definitions(items) + (note(f"{hidden} more reasons are in report.json.") if hidden else "")
 
 
 def _settings(report: Json) -> str:
     settings, environment, times = report["settings"], report["environment"], report["times"]
     calibration = settings["calibration"]
     shown = [
-        ("Keep", f"{number(float(settings['keep']))} of {UNITS[settings['cost']][0]}"),
+        ("Keep", f"{settings['keep']:g} of {UNITS[settings['cost']][0]}"),
         (
             "Structures allowed",
             ", ".join(settings["structures"]) if isinstance(settings["structures"], list) else settings["structures"],
@@ -472,16 +474,15 @@ def _settings(report: Json) -> str:
     ]
     total = times.get("total")
     taken = bars(spent, title="Time", subtitle=f"{total:.1f} s in all" if finite(total) else "") if spent else ""
-    return Html(f"{definitions(shown)}{f'<h3></h3>{grid([taken])}' if taken else ''}")
+    return definitions(shown) + (f'<div class="under">{grid([taken])}</div>' if taken else "")
 
 
-def _gather(layers: Sequence[Json], key: Any, most: int, rest: str) -> dict[str, list[Json]]:
-    """Layers by `key`, in the order of appearance; what goes beyond `most` keys is under `rest`."""
+def _gather(layers: Sequence[Json], key: Callable[[str], str], most: int) -> tuple[dict[str, list[Json]], int]:
+    """Layers by the `key` of their name, the first `most` in the order of appearance, and how many are left out."""
     gathered: dict[str, list[Json]] = {}
     for layer in layers:
-        name = key(layer["name"])
-        gathered.setdefault(name if name in gathered or len(gathered) < most else rest, []).append(layer)
-    return gathered
+        gathered.setdefault(key(layer["name"]), []).append(layer)
+    return dict(itertools.islice(gathered.items(), most)), max(0, len(gathered) - most)
 
 
 def _largest(layers: Sequence[Json], most: int, key: str, *, keep_order: bool = True) -> tuple[list[Json], int]:
@@ -490,7 +491,7 @@ def _largest(layers: Sequence[Json], most: int, key: str, *, keep_order: bool = 
     return [layers[i] for i in (sorted(order) if keep_order else order)], max(0, len(layers) - most)
 
 
-def _common_prefix(names: Sequence[str]) -> str:
+def common_prefix(names: Sequence[str]) -> str:
     """What all `names` begin with, up to and with a dot; empty for a single name."""
     if len(names) < 2:
         return ""
@@ -499,16 +500,17 @@ def _common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{first}." for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _power(values: Sequence[float | None]) -> int:
-    """The power of ten, a multiple of three, by which a column of `values` is best divided."""
-    largest = max((abs(value) for value in values if finite(value)), default=0.0)
-    return 3 * math.floor(math.log10(largest) / 3) if largest else 0
+def _power(values: Sequence[float | None]) -> int | None:
+    """The power of ten, a multiple of three, by which a column is best divided; None if no power suits its range."""
+    sizes = sorted(abs(value) for value in values if finite(value) and value != 0)
+    power = 3 * math.floor(math.log10(sizes[-1]) / 3) if sizes else 0
+    return power if not sizes or sizes[len(sizes) // 4] >= 0.01 * 10.0**power else None
 
 
-def _fixed(value: float | None, power: int, digits: int = 2) -> str:
+def _fixed(value: float | None, power: int | None, digits: int = 2) -> str:
     """``value / 10^power`` with so many `digits` after the point that a column of them lines up."""
-    if not finite(value):
-        return number(None)
+    if not finite(value) or power is None:
+        return number(value)
     scaled = value / 10.0**power
     return f"<{10.0**-digits:g}" if 0 < scaled < 0.5 * 10.0**-digits else f"{scaled:,.{digits}f}"
 

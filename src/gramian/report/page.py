@@ -276,9 +276,9 @@ p{margin:0 0 12px}
 .caption{margin-top:8px;font-size:13px}
 .warning{margin:0 0 8px;padding:9px 14px;border-left:3px solid var(--warn);background:var(--warn-paper);
 border-radius:0 4px 4px 0;overflow-wrap:anywhere}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:1px;margin:0;background:var(--line);
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));margin:0;background:var(--surface);
 border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tile{padding:14px 16px 13px;background:var(--surface)}
+.tile{margin:0 -1px -1px 0;padding:14px 16px 13px;border:solid var(--line);border-width:0 1px 1px 0}
 .tile dt{font-size:12.5px;color:var(--muted)}
 .tile dd{margin:0}
 .tile b{display:block;margin-top:3px;font-size:25px;line-height:1.2;font-weight:620;letter-spacing:-.02em}
@@ -288,16 +288,18 @@ border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;background:var(--surface)}
 .scroll:focus-visible,button:focus-visible,summary:focus-visible,a:focus-visible{
 outline:2px solid var(--accent);outline-offset:1px}
-table{width:100%;border-collapse:collapse;font-size:13.5px;line-height:1.4}
+table{width:100%;border-collapse:collapse;font-size:13px;line-height:1.4}
 th,td{padding:6px 10px;text-align:left;font-weight:400;vertical-align:middle;border-top:1px solid var(--grid)}
 thead th{padding:0;border:0;border-bottom:1px solid var(--line);font-size:12.5px;
 color:var(--muted);background:var(--surface);
 vertical-align:bottom}
 table:not([data-sortable]) thead th{padding:8px 10px}
 tbody tr:first-child>*{border-top:0}
-tr>:first-child,tr>:first-child button{padding-left:16px!important}
-tr>:last-child,tr>:last-child button{padding-right:16px!important}
+tbody tr>:first-child,table:not([data-sortable]) thead th:first-child,thead th:first-child button{padding-left:16px}
+tbody tr>:last-child,table:not([data-sortable]) thead th:last-child,thead th:last-child button{padding-right:16px}
 tbody th,td{overflow-wrap:break-word}
+tbody th{min-width:9em}
+th:first-child{position:sticky;left:0;z-index:1;background:var(--surface)}
 tbody tr:hover>*{background:color-mix(in srgb,var(--accent) 5%,var(--surface))}
 .number{text-align:right}
 td.number{white-space:nowrap}
@@ -310,9 +312,9 @@ th[aria-sort=descending] button::after{content:"\\25BC"}
 .chip i{flex:none;width:9px;height:9px;border-radius:2px}
 .change{display:flex;align-items:center;justify-content:flex-end;gap:10px;white-space:nowrap}
 .change .bar{flex:none;width:56px;margin:0;height:5px}
-.under-chip{display:block;padding-left:15px;white-space:nowrap;color:var(--muted)}
+td small,th small{display:block;white-space:nowrap;color:var(--muted)}
 .stack{display:grid;gap:14px;min-width:0}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:20px;align-items:start}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:20px;align-items:start}
 .grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,165px),1fr));gap:14px 16px}
 figure{margin:0;min-width:0;padding:14px 16px 12px;border:1px solid var(--line);border-radius:8px;
 background:var(--surface);break-inside:avoid}
@@ -339,6 +341,9 @@ pre{margin:0 0 12px;padding:12px 16px;overflow-x:auto;border:1px solid var(--lin
 background:var(--surface);font:13px/1.55 var(--mono)}
 summary{padding:4px 0;cursor:pointer;color:var(--muted)}
 details[open]>summary{margin-bottom:8px}
+@media(max-width:900px){
+.grid:not(.small) svg{max-width:620px}
+.grid:not(.small) svg text{font-size:12.5px}}
 @media(max-width:560px){
 header,main{padding-left:16px;padding-right:16px}
 header{padding-top:24px}
@@ -361,7 +366,11 @@ nav{display:none}
 h2,h3{break-after:avoid}
 tr,.tiles,.warning{break-inside:avoid}
 .scroll{overflow:visible}
-th,td{padding-left:6px;padding-right:6px}}
+table{font-size:7.5pt}
+th,td,thead button{padding-left:4px!important;padding-right:4px!important}
+thead th{font-size:7pt}
+tbody th{min-width:0}
+.change .bar{display:none}}
 """
 
 _SCRIPT = """

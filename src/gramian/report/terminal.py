@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gramian.report.compress_page import UNITS, budget_text, faster, group_of, ratio, size_text
-from gramian.report.page import count, number, percent, printable, shorten
+from gramian.report.compress_page import UNITS, budget_text, common_prefix, faster, group_of, ratio, size_text
+from gramian.report.page import count, finite, number, percent, printable, shorten
 
 _NARROW = 72
 """Columns below which only what cannot be missed is shown."""
@@ -84,7 +84,9 @@ def _groups(report: Mapping[str, Any], *, narrow: bool) -> Table:
     for layer in report["layers"]:
         groups.setdefault(group_of(layer["name"]), []).append(layer)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("layers", overflow="fold")
+    prefix = common_prefix(list(groups))
+    heading = f"layers of {shorten(printable(prefix.removesuffix('.')), 60)}" if prefix else "layers"
+    table.add_column(Text(heading), overflow="fold")
     table.add_column("became", overflow="fold")
     table.add_column("kept", justify="right", no_wrap=True)
     if not narrow:
@@ -94,12 +96,12 @@ def _groups(report: Mapping[str, Any], *, narrow: bool) -> Table:
         structures = Counter(layer["structure"] for layer in members)
         share = ratio(sum(m[f"{cost}_after"] for m in members), sum(m[f"{cost}_before"] for m in members))
         cells = [
-            shorten(printable(name), 60),
+            shorten(printable(name[len(prefix) :]), 60),
             ", ".join(f"{many} {shorten(printable(structure), 30)}" for structure, many in structures.most_common()),
             percent(share),
         ]
         if not narrow:
-            errors = [m["relative"] for m in members if m["relative"] is not None]
+            errors = [m["relative"] for m in members if finite(m["relative"])]
             cells += [_sizes(members), percent(sum(errors) / len(errors)) if errors else number(None)]
         table.add_row(*(Text(cell) for cell in cells))
     if len(groups) > _MOST_GROUPS:

@@ -2,7 +2,7 @@
 
 from gramian.spectra.layers import LayerReport, inspect_layer, inspect_layers, neighbour_cosine, structure_errors
 from gramian.spectra.sources import Source, open_source
-from gramian.spectra.spectrum import Spectrum, spectrum
+from gramian.spectra.eigenvalues import Spectrum, spectrum
 from gramian.spectra.tail import PowerLaw, farms, fit_power_law, hill
 
 __all__ = [

@@ -15,14 +15,14 @@ from torch import Tensor
 from gramian.errors import GramianError
 from gramian.linalg import eigvalsh
 from gramian.ops import BlockLowRank, BlockSparse, Dense, KroneckerSum, Operator, Skeleton
-from gramian.spectra.spectrum import Spectrum, smaller_gram, spectrum
+from gramian.spectra.eigenvalues import Spectrum, smaller_gram, spectrum
 from gramian.spectra.tail import FEWEST, PowerLaw, farms, fit_power_law
 
 SUITS = ("skeleton", "block_low_rank", "kronecker", "block_sparse")
 """The structures that are tried on every dense layer."""
 BLOCKS = 4
 """Blocks along each side of the block low-rank structure that is tried."""
-QUERIES = 512
+QUERIES = 256
 """Rows whose nearest neighbour is looked for; evenly spaced where a matrix has more."""
 _EMBEDDING = re.compile(r"embed|(^|[._])(emb|wte|wpe|shared)([._]|$)|token_type")
 
@@ -36,7 +36,7 @@ class LayerReport:
         shape: (out, in) as stored.
         kind: "dense", or the structure of an operator.
         parameters: how many numbers are stored.
-        embedding: whether this is a lookup table, whose rows are not neurons.
+        embedding: whether its name says that this is a lookup table, whose rows are not neurons.
         spectrum: of the whole matrix.
         power_law: WeightWatcher's fit, with its interval.
         farms: the exponent corrected for aspect ratio; None where the matrix is too small.
@@ -158,7 +158,6 @@ def inspect_layer(
     keep: float = 0.5,
     bootstrap: int = 100,
     seed: int = 0,
-    embedding: bool | None = None,
 ) -> LayerReport:
     """The report of one matrix.
 
@@ -168,7 +167,6 @@ def inspect_layer(
         keep: share of the numbers that the tried structures may store.
         bootstrap: samples for the interval of the exponent; 0 for none.
         seed: of the bootstrap.
-        embedding: whether it is a lookup table; by default told from `name`.
 
     Raises:
         GramianError: the matrix is empty, not floating point or not finite; the message names it.
@@ -188,7 +186,7 @@ def inspect_layer(
             values.shape,
             "dense" if op is None else op.kind,
             weight.numel() if op is None else op.numel,
-            bool(_EMBEDDING.search(name)) if embedding is None else embedding,
+            bool(_EMBEDDING.search(name)),
             values,
             fit_power_law(values.eigenvalues, bootstrap=bootstrap, seed=seed),
             _farms(weight),
@@ -207,7 +205,7 @@ def _farms(weight: Tensor) -> float | None:
 
 
 def neighbour_cosine(weight: Tensor) -> float | None:
-    """How alike the rows of `weight` (out, in) are: the mean, over at most 512 evenly spaced rows, of the largest
+    """How alike the rows of `weight` (out, in) are: the mean, over at most 256 evenly spaced rows, of the largest
     absolute cosine to any other row; None for a single row.
     """
     out = weight.shape[0]
@@ -279,5 +277,5 @@ def _kronecker_loss(weight: Tensor, terms: int, left: list[int]) -> float:
 
 def _block_sparse_loss(weight: Tensor, kept: int, block: list[int]) -> float:
     """What is outside the `kept` blocks of largest energy in every block row."""
-    energy = _tiles(weight, *block).square().sum((1, 3), dtype=torch.float64)
+    energy = _tiles(weight.square(), *block).sum((1, 3)).double()
     return float(energy.sum() - energy.topk(kept, 1).values.sum())

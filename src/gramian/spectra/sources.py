@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from gramian.nn import StructuredLinear
 from gramian.ops import Operator, from_config
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_INDICES = ("I64", "BOOL")
+"""Positions and masks, which are no weights."""
 _EXPERTS = 512
 """A 3-D tensor with more leading entries than this, or matrices narrower than 16, is a convolution, not experts."""
 
@@ -32,12 +35,10 @@ class Source:
 
     Attributes:
         layers: name to a function that gives the matrix (out, in) as a tensor or an operator.
-        embeddings: which of them are known to be lookup tables; a checkpoint does not say, so that set is empty there.
         left_alone: tensors with two or more dimensions that are not reported, each with the reason.
     """
 
     layers: dict[str, Callable[[], Tensor | Operator]] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | Operator]]:
@@ -127,8 +128,6 @@ def _from_module(model: nn.Module) -> Source:
                     f"{full}: found on the meta device; expected numbers; load the model's weights first"
                 )
             layer = name if local == "weight" and name else full
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                source.embeddings.add(layer)
             if isinstance(module, nn.modules.conv._ConvNd):
                 source.left_alone[layer] = f"a convolution kernel {tuple(weight.shape)}"
             else:
@@ -139,25 +138,22 @@ def _from_module(model: nn.Module) -> Source:
     return source
 
 
-def _parameter(weight: Tensor, turn: bool) -> Tensor:
-    return weight.detach().mT if turn else weight.detach()
+def _parameter(weight: Tensor, turn: bool, index: int | None = None) -> Tensor:
+    matrix = weight.detach() if index is None else weight.detach()[index]
+    return matrix.mT if turn else matrix
 
 
-def _add(source: Source, layer: str, dtype: str, shape: Sequence[int], read: Callable[[], Tensor]) -> None:
-    """Enter one stored tensor as a layer, as a stack of layers, or among those left alone."""
+def _add(source: Source, layer: str, dtype: str, shape: Sequence[int], read: Callable[..., Tensor]) -> None:
+    """Enter one stored tensor as a layer, as a stack of layers (``read(index)`` gives one), or among those left alone."""
     if dtype not in _FLOATS:
         source.left_alone[layer] = f"{dtype} is not one of {', '.join(_FLOATS)}"
     elif len(shape) == 2:
         source.layers[layer] = read
     elif len(shape) == 3 and shape[0] <= _EXPERTS and min(shape[1:]) >= 16:
         for index in range(shape[0]):
-            source.layers[f"{layer}.{index}"] = partial(_slice, read, index)
+            source.layers[f"{layer}.{index}"] = partial(read, index)
     else:
         source.left_alone[layer] = f"shape {tuple(shape)} is neither a matrix nor a stack of expert matrices"
-
-
-def _slice(read: Callable[[], Tensor], index: int) -> Tensor:
-    return read()[index]
 
 
 # A checkpoint ---------------------------------------------------------------------------------------------------------
@@ -178,19 +174,26 @@ def _from_checkpoint(path: Path) -> Source:
                 entry = handle.get_slice(name)
                 header[name] = (file, entry.get_dtype(), entry.get_shape())
     source = Source()
-    layouts = _layouts(folder) if path.is_dir() else {}
-    for layer, layout in layouts.items():
+    layouts, shared = _record(folder) if path.is_dir() else ({}, {})
+    for layer in sorted(layouts, key=_natural):
         stored = {
             name[len(layer) + 1 : -len(".weight")]: (file, name)
             for name, (file, _, _) in header.items()
             if name.startswith(f"{layer}.") and name.endswith(".weight") and name != f"{layer}.weight"
         }
-        source.layers[layer] = partial(_operator, layer, layout, stored)
+        if not any(name.startswith(f"{layer}.") for name in shared):  # else its twin is reported
+            source.layers[layer] = partial(_operator, layer, layouts[layer], stored)
     parts = tuple(f"{layer}." for layer in layouts)
-    for name, (file, dtype, shape) in header.items():
-        if len(shape) >= 2 and 0 not in shape and not (parts and name.startswith(parts)):
+    for name in sorted(header, key=_natural):
+        file, dtype, shape = header[name]
+        if len(shape) >= 2 and 0 not in shape and dtype not in _INDICES and not (parts and name.startswith(parts)):
             _add(source, name.removesuffix(".weight"), dtype, shape, partial(_tensor, file, name))
     return source
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _files(path: Path) -> list[Path]:
@@ -224,12 +227,18 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _layouts(folder: Path) -> dict[str, dict[str, Any]]:
-    """How each structured layer of a checkpoint is stored: the ``layers`` of gramian's record, by layer name."""
-    config = _json(folder / "config.json").get("quantization_config", {})
-    if isinstance(config, dict) and config.get("quant_method") == "gramian":
-        return dict(config.get("layers", {}))
-    return dict(_json(folder / "gramian.json").get("layers", {}))
+def _record(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """How each structured layer of gramian's checkpoint is stored, by layer name, and which tensors are stored once for
+    several names (name to the name it is stored under).
+    """
+    found = _json(folder / "config.json").get("quantization_config", {})
+    if not isinstance(found, dict) or found.get("quant_method") != "gramian":
+        found = _json(folder / "gramian.json")
+    layers, shared = found.get("layers", {}), found.get("shared", {})
+    if not isinstance(layers, dict) or not isinstance(shared, dict):
+        raise GramianError(f"{folder}: gramian's record of its layers is damaged; copy the checkpoint again")
+    # A dense layer of another shape than the model's own class makes is an ordinary tensor here.
+    return {name: layout for name, layout in layers.items() if layout.get("kind") != "dense"}, shared
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -258,9 +267,9 @@ def _open(file: Path) -> Iterator[Any]:
         ) from None
 
 
-def _tensor(file: Path, name: str) -> Tensor:
+def _tensor(file: Path, name: str, index: int | None = None) -> Tensor:
     with _open(file) as handle:
-        tensor: Tensor = handle.get_tensor(name)
+        tensor: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
     return tensor
 
 

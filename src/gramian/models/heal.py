@@ -1,0 +1,186 @@
+"""Healing: distil the original model into the compressed one, on the calibration data, without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.errors import GramianError
+from gramian.models.workload import Workload
+from gramian.nn import StructuredLinear, as_linear
+from gramian.ops import BlockLowRank, Operator, Skeleton
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How to heal.
+
+    Attributes:
+        steps: optimiser steps.
+        rate: peak learning rate of AdamW, reached after a tenth of the steps, then a cosine to zero.
+        states: weight of matching the hidden states of every token, beside the features.
+        seed: of batch order and augmentation.
+        augment: recombine the calibration texts (spans of two texts joined) where the workload can; the teacher answers any
+            input, so new inputs cost nothing but its forward pass.
+    """
+
+    steps: int = 100
+    rate: float = 1e-3
+    states: float = 1.0
+    seed: int = 0
+    augment: float = 0.5
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: Sequence[str],
+    workload: Workload,
+    settings: Healing,
+    *,
+    resume: Mapping[str, Tensor] | None = None,
+    checkpoint: Callable[[dict[str, Tensor]], None] | None = None,
+    every: int = 50,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[tuple[int, float]]:
+    """Train the factors (and biases) of `layers` in place, so that `student` reproduces `teacher`.
+
+    Low-rank layers are trained as balanced factor pairs (both factors carry the root of the singular values) and go back
+    to their stored gauge at the end: the same matrix to rounding. Everything else in the model stays frozen. The loss is
+    ``1 - cos(features)`` plus, where the workload shows them, the relative squared error of the tokens' hidden states.
+
+    Args:
+        student: the compressed model.
+        teacher: the original.
+        layers: names of the layers that compression changed.
+        workload: calibration batches.
+        settings: see ``Healing``.
+        resume: what `checkpoint` was last given; training goes on from there, with the same result.
+        checkpoint: called with the state every `every` steps.
+        every: see `checkpoint`.
+        progress: called with (step, loss).
+
+    Returns:
+        (step, loss) of every step taken here.
+
+    Raises:
+        GramianError: the loss became NaN or Inf.
+    """
+    stored: dict[str, type[Operator]] = {}
+    for name in layers:
+        module = student.get_submodule(name)
+        if isinstance(module, StructuredLinear) and isinstance(module.op, Skeleton):
+            with torch.no_grad():
+                student.set_submodule(name, as_linear(module.op.pair().balanced, module.bias))
+            stored[name] = Skeleton
+    trained: dict[str, nn.Parameter] = {}
+    frozen: list[nn.Parameter] = []
+    chosen = tuple(f"{name}." for name in layers)
+    for key, p in student.named_parameters():
+        if key.startswith(chosen) and ".scales." not in key:
+            p.requires_grad_(True)
+            trained[key] = p
+        elif p.requires_grad:
+            p.requires_grad_(False)
+            frozen.append(p)
+    optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.98))
+    first = 0
+    if resume is not None:
+        first = _restore(resume, trained, optimiser)
+    history: list[tuple[int, float]] = []
+    training = student.training
+    student.eval()
+    teacher.eval()
+    try:
+        for step in range(first, settings.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = settings.rate * _schedule(step, settings.steps)
+            batch = _batch(workload, step, settings)
+            with torch.no_grad():
+                target = workload.outputs(teacher, batch)
+            loss = _loss(workload.outputs(student, batch), target, settings.states)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise GramianError(f"healing: the loss became {value} at step {step}; lower the learning rate")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+            optimiser.step()
+            history.append((step, value))
+            if progress is not None:
+                progress(step, value)
+            if checkpoint is not None and (step + 1) % every == 0 and step + 1 < settings.steps:
+                checkpoint(_state(step + 1, trained, optimiser))
+    finally:
+        student.train(training)
+        for p in frozen:
+            p.requires_grad_(True)
+    for name in stored:
+        module = student.get_submodule(name)
+        assert isinstance(module, StructuredLinear)
+        pair = module.op
+        assert isinstance(pair, BlockLowRank)
+        with torch.no_grad():
+            skeleton = Skeleton.from_pair(pair.left[0], pair.right[0])
+            student.set_submodule(name, as_linear(skeleton, module.bias))
+    return history
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _batch(workload: Workload, step: int, settings: Healing) -> Any:
+    """The batch of a step: a function of the seed and the step alone, so that a resumed run sees the same ones."""
+    count = len(workload.batches)
+    epoch, place = divmod(step, count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed * 7919 + epoch))
+    batch = workload.batches[int(order[place])]
+    generator = torch.Generator().manual_seed(settings.seed * 104729 + step)
+    if workload.augment is None or float(torch.rand((), generator=generator)) >= settings.augment:
+        return batch
+    return workload.augment(batch, generator)
+
+
+def _loss(student: list[Tensor], target: list[Tensor], states: float) -> Tensor:
+    loss = (1 - torch.nn.functional.cosine_similarity(student[0].float(), target[0].float(), dim=-1)).mean()
+    if states and len(student) > 1:
+        parts = [
+            (s.float() - t.float()).square().sum() / t.float().square().sum().clamp_min(1e-30)
+            for s, t in zip(student[1:], target[1:], strict=True)
+        ]
+        loss = loss + states * torch.stack(parts).mean()
+    return loss
+
+
+def _state(step: int, trained: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {"step": torch.tensor(step)}
+    for key, p in trained.items():
+        moments = optimiser.state[p]
+        state[f"value|{key}"] = p.detach()
+        state[f"first|{key}"] = moments["exp_avg"]
+        state[f"second|{key}"] = moments["exp_avg_sq"]
+    return state
+
+
+def _restore(
+    state: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
+) -> int:
+    step = int(state["step"])
+    for key, p in trained.items():
+        with torch.no_grad():
+            p.copy_(state[f"value|{key}"])
+        optimiser.state[p] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": state[f"first|{key}"].clone(),
+            "exp_avg_sq": state[f"second|{key}"].clone(),
+        }
+    return step

