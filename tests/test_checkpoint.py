@@ -319,6 +319,27 @@ def test_nan_is_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_views_of_a_larger_storage_are_saved_alone(tmp_path: Path) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            big = torch.arange(10_000.0)
+            self.register_buffer("part", big[10:20])
+            self.register_buffer("matrix", big.view(100, 100))
+            self.register_buffer("turned", big.view(100, 100).T)
+            self.register_buffer("flat", big)
+
+    save(Views(), tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_size < 3 * 40_000 + 1000
+    other = Views()
+    for tensor in other.buffers():
+        tensor.zero_()
+    other.turned = other.turned.clone()
+    other.part, other.flat = other.part.clone(), other.flat.clone()
+    load_into(other, tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), Views().buffers(), strict=True))
+
+
 def test_a_mask_of_infinities_is_saved(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))

@@ -117,8 +117,9 @@ class Gram:
         return self.moment() - (torch.outer(mean, mean) if self.second.dim() == 2 else mean.square())
 
     def rank(self) -> int:
-        """Numerical rank of the second moment: how many input directions the samples have shown."""
-        return psd_rank(self.moment())
+        """How many input directions the samples have shown: eigenvalues above 1e-6 of the largest, what float32 products
+        can tell from rounding."""
+        return psd_rank(self.moment(), 1e-6)
 
     def root(self) -> Tensor:
         """Symmetric square root of the second moment."""

@@ -102,7 +102,6 @@ def build(name: str, spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
         bias, (out, in_) = spec["bias"], spec["shape"]
         if not isinstance(bias, bool):
             raise TypeError(f"bias {bias!r}; expected true or false")
-        check_shape(name, (out, in_), origin(old))
         if spec["kind"] == "dense":
             layer: nn.Module = nn.Linear(in_, out, bias, device="meta", dtype=weight.dtype)
         else:
@@ -116,6 +115,7 @@ def build(name: str, spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GramianError(f"layer {name!r}: the description is damaged ({reason})") from error
+    check_shape(name, linear_shape(layer), origin(old))
     return layer
 
 
@@ -158,6 +158,7 @@ def save(
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    used: set[int] = set()
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise GramianError(f"{name!r} in the model's state is a {type(tensor).__name__}; only tensors can be saved")
@@ -169,8 +170,12 @@ def save(
             shared[name] = seen[key]
             continue
         seen[key] = name
-        # A clone: a view into a larger storage must not drag the rest along, nor look shared to safetensors.
-        tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        plain = tensor.detach().cpu().contiguous()
+        # safetensors stores whole storages that belong to one tensor; any other view is copied first.
+        if plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in used:
+            plain = plain.clone()
+        used.add(plain.data_ptr())
+        tensors[name] = plain
     description: dict[str, Any] = {"schema": SCHEMA, "gramian_version": __version__, "layers": describe(model)}
     if shared:
         description["shared"] = shared

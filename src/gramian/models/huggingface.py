@@ -5,20 +5,18 @@ under "gramian" builds those layers before the library streams the weights in. W
 builds the stock layers: the empty ``weight`` of every ``StructuredLinear`` (and the shape of every narrowed layer)
 then stops the load with an error instead of leaving random weights.
 
-Importing this module imports ``transformers``.
+Importing this module imports ``transformers`` and registers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -91,9 +89,14 @@ class GramianQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers 4 casts every floating tensor; what is stored in half precision goes back to it.
         for factor, dtype in self.own_dtypes.items():
             model.get_submodule(factor).to(dtype)
-        # A later `save_pretrained` writes no remote-code file, so it must not point to one.
-        if model._auto_class is None and _ours(getattr(model.config, "auto_map", None)):
-            del model.config.auto_map
+        # A later plain `save_pretrained` writes no remote-code file, so config.json must not point to one.
+        auto_map = getattr(model.config, "auto_map", None) or {}
+        if auto_map and all(f"{MODULE}." in str(reference) for reference in auto_map.values()):
+            name = type(model).__name__
+            if not type(model).__module__.startswith("transformers_modules."):
+                del model.config.auto_map
+            elif model._auto_class is None:  # loaded through that file: the library then copies it along
+                type(model).register_for_auto_class(next(a for a, ref in auto_map.items() if ref.endswith(f".{name}")))
         return model
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[None, dict[str, str]]:
@@ -180,18 +183,16 @@ def attach(model: Any, **other: Any) -> None:
         other: JSON-able entries for ``quantization_config``, e.g. the recipe.
 
     Raises:
-        GramianError: not a ``PreTrainedModel``.
+        GramianError: not a ``PreTrainedModel``, or one that another method has quantized.
     """
     _check(model)
-    known = getattr(model.config, "quantization_config", None)
-    kept = (
-        {key: value for key, value in known.to_dict().items() if key != "layers"}
-        if isinstance(known, GramianConfig)
-        else {}
-    )
-    kept |= {"gramian_version": __version__, "schema": SCHEMA, **other}
-    kept.pop("quant_method", None)
-    model.config.quantization_config = GramianConfig(describe(model), **kept)
+    known = getattr(model.config, "quantization_config", None) or {}
+    known = dict(known if isinstance(known, dict) else known.to_dict())
+    method = known.pop("quant_method", METHOD)
+    if method != METHOD:
+        raise GramianError(f"the model is already compressed by {method}; start from its full-precision checkpoint")
+    known |= {"gramian_version": __version__, "schema": SCHEMA, **other, "layers": describe(model)}
+    model.config.quantization_config = GramianConfig(**known)
     model.hf_quantizer = GramianQuantizer(model.config.quantization_config, pre_quantized=True)
     model.quantization_method = METHOD
     model.is_quantized = True
@@ -222,7 +223,7 @@ def save_huggingface(model: Any, directory: str | os.PathLike[str], tokenizer: A
 def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **other: Any) -> None:
     """``save_huggingface`` without the atomic step: into a directory that the caller publishes."""
     attach(model, **other)
-    model.save_pretrained(directory, safe_serialization=True)
+    model.save_pretrained(directory)
     text, auto_map = remote_code(model)
     if text:
         (directory / f"{MODULE}.py").write_text(text, encoding="utf-8")
@@ -234,6 +235,8 @@ def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **othe
 
 
 def _check(model: object) -> None:
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         raise GramianError(f"found a {type(model).__name__}; expected a PreTrainedModel of transformers")
 
@@ -267,5 +270,6 @@ def _padded(linear: nn.Linear, shape: tuple[int, int]) -> nn.Linear:
     return layer
 
 
-def _ours(auto_map: Mapping[str, str] | None) -> bool:
-    return bool(auto_map) and all(MODULE in str(reference) for reference in (auto_map or {}).values())
+# The import hook runs this module while ``transformers`` is half imported: nothing above may need more of it than its
+# quantizers, and the hook can count on the import alone.
+register()

@@ -7,9 +7,11 @@ transformers.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Sequence
@@ -49,27 +51,27 @@ def _after(loader: Any, action: Any) -> None:
 def _register() -> None:
     uninstall()
     try:
-        from gramian.models.huggingface import register
-
-        register()
-    except (
-        Exception
-    ) as error:  # importing transformers must not fail because of gramian; loading a checkpoint then will
+        importlib.import_module("gramian.models.huggingface")  # registers; at its end, if it is itself being imported
+    except Exception as error:  # an import of transformers must not fail because of gramian; loading a checkpoint will
         warnings.warn(f"gramian could not register its checkpoints with transformers: {error!r}", stacklevel=2)
 
 
 _FINDER = _Finder()
+_LOCK = threading.Lock()
 
 
 def install() -> None:
     """Register with ``transformers`` now if it is loaded that far, else as soon as it is. Safe to call again."""
-    if _TARGET in sys.modules and hasattr(sys.modules[_TARGET], "register_quantizer"):
+    if hasattr(sys.modules.get(_TARGET), "get_hf_quantizer"):  # the last thing that the module defines
         _register()
-    elif _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
+        return
+    with _LOCK:
+        if _FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _FINDER)
 
 
 def uninstall() -> None:
     """Remove the hook; a registration that has happened stays."""
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
+    with _LOCK:
+        if _FINDER in sys.meta_path:
+            sys.meta_path.remove(_FINDER)

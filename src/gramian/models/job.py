@@ -29,7 +29,7 @@ from gramian.compress import Built, Entry, Layer, Plan, dense_cost, make_plan, r
 from gramian.compress.plan import check_keep
 from gramian.errors import GramianError
 from gramian.grams import Grams
-from gramian.linalg import psd_rank, svdvals
+from gramian.linalg import svdvals
 from gramian.models.api import Progress, apply_built, build_all, check_plan, collect, planning_layers
 from gramian.models.heal import Healing, heal
 from gramian.models.loading import Loaded, load_model
@@ -481,11 +481,10 @@ def _spectra(layer: Layer) -> dict[str, Any]:
     def curve(x: Tensor) -> list[float]:
         return [round(float(v), 6) for v in x[place] / x[0].clamp_min(1e-300)]
 
-    gram = layer.gram_in
     return {
         "effective_rank": float(entropy.exp()),
         "stable_rank": float(values.sum() / values[0].clamp_min(1e-300)),
-        "gram_rank": psd_rank(layer.grams.input.moment()) if layer.grams is not None and gram is not None else 0,
+        "gram_rank": layer.grams.input.rank() if layer.grams is not None else 0,
         "tokens": layer.grams.tokens if layer.grams is not None else 0,
         "spectrum": {"plain": curve(plain), "weighted": curve(weighted)},
     }

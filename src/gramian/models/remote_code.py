@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-from transformers.models.auto import modeling_auto
-
 MODULE = "modeling_gramian"
 
-_HEAD = '''"""Loads this checkpoint with ``trust_remote_code=True``; its layers need ``pip install gramian``."""
+_HEAD = """# Loads this checkpoint with ``trust_remote_code=True``; its layers need ``pip install gramian``.
 
-from gramian.models.huggingface import register
+import gramian.models.huggingface  # registers the checkpoint's format
 from transformers import {imports}
-
-register()
-'''
+"""
 
 _CLASS = '''
 
@@ -29,6 +24,9 @@ def remote_code(model: Any) -> tuple[str, dict[str, str]]:
 
     Both are empty for a model whose class is not part of ``transformers`` (it has a file of its own).
     """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
     known = getattr(transformers, type(model).__name__, None)
     if known is None or known not in type(model).__mro__:
         return "", {}

@@ -149,7 +149,7 @@ def kron(a: Operator, b: Operator) -> Operator:
             op.values if isinstance(op, Diagonal) else torch.ones(op.size, dtype=like.dtype, device=like.device)
             for op in (a, b)
         )
-        return Diagonal(torch.kron(left.contiguous(), right.contiguous()))
+        return Diagonal(torch.outer(left, right).reshape(-1))
     return Kron(a, b)
 
 

@@ -207,8 +207,9 @@ class Kron(Operator):
         return self.left.apply(y.mT).mT.reshape(*batch, self.shape[0])
 
     def dense(self) -> Tensor:
-        left, right = (op.dense().to(self.device, self.dtype).contiguous() for op in (self.left, self.right))
-        return torch.kron(left, right)
+        left, right = (op.dense().to(self.device, self.dtype) for op in (self.left, self.right))
+        # torch.kron refuses some strides, even of tensors that call themselves contiguous.
+        return (left[:, None, :, None] * right[:, None, :]).reshape(self.shape)
 
     def transpose(self) -> Operator:
         return Kron(self.left.T, self.right.T)

@@ -398,7 +398,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, n) integers below 2^bits -> (rows, ceil(n bits / 8)) uint8, least significant bit first."""
     rows, n = codes.shape
     flat = ((codes[..., None] >> torch.arange(bits, device=codes.device)) & 1).reshape(rows, n * bits)
-    flat = F.pad(flat, (0, -n * bits % 8)).reshape(rows, -1, 8)
+    flat = F.pad(flat, (0, -n * bits % 8)).unflatten(-1, (-1, 8))
     return (flat << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
 
 
@@ -408,5 +408,5 @@ def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     if bits == 8:
         return packed.long()
     flat = (packed[..., None].int() >> torch.arange(8, device=packed.device, dtype=torch.int32)) & 1
-    flat = flat.reshape(rows, -1)[:, : n * bits].reshape(rows, n, bits)
+    flat = flat.flatten(1)[:, : n * bits].reshape(rows, n, bits)
     return (flat << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1)

@@ -33,7 +33,7 @@ from gramian.spectra.layers import SUITS
 
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 BINS = 24
-"""Bins of an eigenvalue density, equally wide on a logarithmic axis."""
+"""Most bins of an eigenvalue density, equally wide on a logarithmic axis."""
 DECADES = 1e-4
 """Eigenvalues below this share of the largest are not drawn."""
 FOLD = 60
@@ -50,8 +50,12 @@ def inspect_page(model: str, layers: Sequence[LayerReport], left_alone: Mapping[
         keep: share of the numbers that the tried structures were allowed.
     """
     sections: list[tuple[str, str]] = [("", _headline(layers)), ("Layers", _table(layers))]
-    ranks = _fold(layers, grid([_exponents(layers), _ranks(layers)]))
-    sections.append(("Exponents and ranks", ranks))
+    # Two columns that fill the page: their rows line up.
+    columns = (
+        "display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:20px;align-items:start"
+    )
+    pair = f'<div style="{columns}">{_exponents(layers)}{_ranks(layers)}</div>'
+    sections.append(("Exponents and ranks", _fold(layers, pair)))
     if any(layer.suits for layer in layers):
         sections.append(("Which structure suits", _fold(layers, _heatmap(layers, keep))))
     densities = note(
@@ -263,7 +267,7 @@ def _density(layer: LayerReport) -> Html:
     subtitle = "refused" if layer.alpha is None else f"{ALPHA} {layer.alpha:.2f}, D {fit.D:.2f}"
     curves = []
     if len(shown) > 1 and bool(shown[0] > shown[-1]):
-        counts, edges = torch.histogram(shown, min(BINS, len(shown)))
+        counts, edges = torch.histogram(shown, max(min(BINS, len(shown) // 8), 4))
         width = float(edges[1] - edges[0]) * len(values)
         middles = ((edges[1:] + edges[:-1]) / 2).tolist()
         density = [(x, many / width) for x, many in zip(middles, counts.tolist(), strict=True) if many]

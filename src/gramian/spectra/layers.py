@@ -39,7 +39,7 @@ class LayerReport:
         embedding: whether its name says that this is a lookup table, whose rows are not neurons.
         spectrum: of the whole matrix.
         power_law: WeightWatcher's fit, with its interval.
-        farms: the exponent corrected for aspect ratio; None where the matrix is too small.
+        farms: the exponent corrected for aspect ratio; None where the matrix is too small or flat.
         neighbour_cosine: mean over rows of the largest absolute cosine to another row: 1 where every row has a copy. It
             grows with the number of rows, so compare it between layers of one shape. None for a single row.
         suits: relative Frobenius error ``||W - A||_F / ||W||_F`` of the best member A of each structure that stores at
@@ -199,7 +199,7 @@ def _farms(weight: Tensor) -> float | None:
     if min(weight.shape) < FEWEST:
         return None
     try:
-        return farms(weight)
+        return _finite(farms(weight))
     except GramianError:  # too few non-zero eigenvalues
         return None
 
@@ -225,7 +225,8 @@ def structure_errors(weight: Tensor, keep: float = 0.5, values: Spectrum | None 
     """Relative Frobenius error of the best member of each structure that stores at most ``keep * out * in`` numbers.
 
     Each is the Frobenius optimum that the structure's own ``fit`` finds without Grams, but only its error is computed:
-    eigenvalues of a small Gram matrix where ``fit`` needs singular vectors.
+    eigenvalues of a small Gram matrix where ``fit`` needs singular vectors. For "kronecker" with sides that do not
+    divide it is an upper bound, which counts the error in the padding.
 
     Args:
         weight: (out, in), not zero.

@@ -144,7 +144,7 @@ def _parameter(weight: Tensor, turn: bool, index: int | None = None) -> Tensor:
 
 
 def _add(source: Source, layer: str, dtype: str, shape: Sequence[int], read: Callable[..., Tensor]) -> None:
-    """Enter one stored tensor as a layer, as a stack of layers (``read(index)`` gives one), or among those left alone."""
+    """Enter a stored tensor: as a layer, as a stack of them (``read(index)`` gives one), or among those left alone."""
     if dtype not in _FLOATS:
         source.left_alone[layer] = f"{dtype} is not one of {', '.join(_FLOATS)}"
     elif len(shape) == 2:

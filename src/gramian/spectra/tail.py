@@ -152,11 +152,12 @@ def _scan(logs: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 def hill(values: Tensor) -> float:
     """Hill's estimate of the exponent on the upper half of positive values (n,): with the median x_i as xmin and k
-    values from it upwards, ``alpha = 1 + k / sum(ln(x_j / x_i))``.
+    values from it upwards, ``alpha = 1 + k / sum(ln(x_j / x_i))``; infinite where they are all equal.
     """
     logs = values.double().sort().values.log()
     upper = logs[len(logs) // 2 :]
-    return 1 + len(upper) / float((upper - upper[0]).sum())
+    spread = float((upper - upper[0]).sum())
+    return 1 + len(upper) / spread if spread > 0 else math.inf
 
 
 def farms(weight: Tensor, windows: int = 4, aspect: float = 1.0, size: int = 128) -> float:

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def check_wrong_input(op: Operator) -> None:
     op = _wide(op)
     in_ = op.shape[1]
     for wrong in {in_ + 1, max(in_ - 1, 0), 1, 2 * in_} - {in_}:
-        _raises(lambda wrong=wrong: op.apply(_normal(3, wrong)), f"apply to (3, {wrong}) with in = {in_}")
+        _raises(partial(op.apply, _normal(3, wrong)), f"apply to (3, {wrong}) with in = {in_}")
 
 
 def check_transpose(op: Operator) -> None:
@@ -116,11 +117,11 @@ def check_gradients(op: Operator) -> None:
     assert torch.autograd.gradcheck(run, (x, *factors), fast_mode=True)
 
 
-class _ElementwiseCount(TorchDispatchMode):
+class _ElementwiseCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the results of additions and multiplications."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,9 +182,9 @@ def check_configuration(op: Operator) -> None:
     _raises(lambda: from_config(config, {**factors, "surplus": torch.zeros(1)}), "a surplus factor", GramianError)
     for name, value in factors.items():
         others = {key: tensor for key, tensor in factors.items() if key != name}
-        _raises(lambda others=others: from_config(config, others), f"without factor {name!r}", GramianError)
+        _raises(partial(from_config, config, others), f"without factor {name!r}", GramianError)
         longer = {**factors, name: torch.cat([value.reshape(-1), value.new_zeros(1)])}
-        _raises(lambda longer=longer: from_config(config, longer), f"factor {name!r} of another shape", GramianError)
+        _raises(partial(from_config, config, longer), f"factor {name!r} of another shape", GramianError)
     wrong = {**config, "shape": [op.shape[0] + 1, op.shape[1]]}
     _raises(lambda: from_config(wrong, factors), "a description of another shape", GramianError)
 
