@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gramian
-from gramian.compress import Entry, Plan, build_entry, count, make_plan
+from gramian.compression import Entry, Plan, build_entry, count, make_plan
 from gramian.errors import GramianError
 from gramian.grams import Grams
 from gramian.models.api import planning_layers
@@ -174,7 +174,9 @@ def test_plan_file_round_trip_and_edit(tmp_path: Path, encoder: nn.Module, grams
     assert again.entries == plan.entries
     edited = json.loads((tmp_path / "plan.json").read_text())
     edited["entries"] = [e for e in edited["entries"] if "layer.0" not in e["layers"][0]]
-    edited["entries"].append({"layers": ["encoder.layer.0.attention.self.key"], "structure": "skeleton", "size": {"rank": 3}})
+    edited["entries"].append(
+        {"layers": ["encoder.layer.0.attention.self.key"], "structure": "skeleton", "size": {"rank": 3}}
+    )
     (tmp_path / "plan.json").write_text(json.dumps(edited))
     small = gramian.compress(encoder, Plan.load(tmp_path / "plan.json"), grams=grams)
     key = small.encoder.layer[0].attention.self.key
@@ -191,7 +193,9 @@ def test_bad_plans(tmp_path: Path, encoder: nn.Module, grams: Grams) -> None:
     path.write_text("{}")
     with pytest.raises(GramianError, match="not a plan"):
         Plan.load(path)
-    path.write_text('{"gramian": "plan", "schema": 1, "cost": "params", "keep": 0.5, "budget": 1, "entries": [{"x": 1}]}')
+    path.write_text(
+        '{"gramian": "plan", "schema": 1, "cost": "params", "keep": 0.5, "budget": 1, "entries": [{"x": 1}]}'
+    )
     with pytest.raises(GramianError, match="entry 0"):
         Plan.load(path)
     name = "encoder.layer.0.attention.self.key"

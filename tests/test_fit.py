@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramian.errors import GramianError
-from gramian.fit import fit, polish
+from gramian.fitting import fit, polish
 from gramian.linalg import pivoted_nystrom, weighted_error
 from gramian.ops import BlockLowRank, Dense, KroneckerSum, Sum, structures
 
@@ -43,7 +43,7 @@ def test_grams_help_every_structure(kind: str) -> None:
         assert weighted.error <= reference * (1 + 1e-6), size
         assert 0 <= weighted.relative < 1 or kind == "diagonal"
         measured = float(weighted_error(w - weighted.op.dense(), g, None if kind == "quantized" else h))
-        assert measured == pytest.approx(weighted.error, rel=1e-9, abs=1e-12)
+        assert measured == pytest.approx(weighted.error, rel=1e-6, abs=1e-12)
 
 
 def test_polish_finds_a_planted_kronecker_sum() -> None:
@@ -58,7 +58,9 @@ def test_polish_finds_a_planted_kronecker_sum() -> None:
 
 def test_polish_of_a_sum() -> None:
     w, g, h = problem(20, 30, 5)
-    start = Sum((BlockLowRank.fit(w, rank=2), BlockLowRank.fit(w - BlockLowRank.fit(w, rank=2).dense(), rank=1, blocks=(2, 2))))
+    start = Sum(
+        (BlockLowRank.fit(w, rank=2), BlockLowRank.fit(w - BlockLowRank.fit(w, rank=2).dense(), rank=1, blocks=(2, 2)))
+    )
     before = float(weighted_error(w - start.dense(), g, h))
     after = float(weighted_error(w - polish(start, w, g, h).dense(), g, h))
     assert after < 0.9 * before

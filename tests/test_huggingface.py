@@ -423,13 +423,22 @@ def test_dequantize_gives_a_stock_model(family: str, saved: dict[str, Path], tmp
 def test_tied_embeddings(tmp_path: Path, saved: dict[str, Path]) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(saved["llama"])
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    model = compressed("llama")
-    structured(model, ["lm_head"], "skeleton")  # the head no longer shares the embedding
-    save_huggingface(model, tmp_path / "untied")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied")
-    assert isinstance(loaded.lm_head, StructuredLinear)
-    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
-    torch.testing.assert_close(run(loaded), run(model), rtol=0, atol=1e-6)
+    for kind in ("structured", "dense"):
+        model = compressed("llama")
+        if kind == "structured":  # the head no longer shares the embedding
+            structured(model, ["lm_head"], "skeleton")
+        else:
+            replace_linear(model, "lm_head", Dense(model.lm_head.weight.detach() * 2), None)
+        save_huggingface(model, tmp_path / kind)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        assert isinstance(loaded.lm_head, StructuredLinear) == (kind == "structured")
+        assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+        torch.testing.assert_close(run(loaded), run(model), rtol=0, atol=1e-6)
+    model = tiny("t5")
+    structured(model, ["lm_head"], "skeleton")
+    with pytest.raises(GramianError, match=r"tied to its embedding.*leave it out"):
+        save_huggingface(model, tmp_path / "t5")
+    assert not (tmp_path / "t5").exists()
 
 
 def test_gpt2_keeps_its_layer_class_where_it_can(saved: dict[str, Path]) -> None:

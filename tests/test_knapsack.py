@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from gramian.compress.knapsack import Option, solve, solve_lagrangian
+from gramian.compression.knapsack import Option, solve, solve_lagrangian
 from gramian.errors import GramianError
 
 

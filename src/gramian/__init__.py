@@ -17,12 +17,12 @@ _WHERE = {
     "Gram": "gramian.grams",
     "Grams": "gramian.grams",
     "Operator": "gramian.ops",
-    "Plan": "gramian.compress",
+    "Plan": "gramian.compression",
     "StructuredLinear": "gramian.nn",
     "Workload": "gramian.models.workload",
     "collect": "gramian.models.api",
     "compress": "gramian.models.api",
-    "fit": "gramian.fit",
+    "fit": "gramian.fitting",
     "load_into": "gramian.models.checkpoint",
     "plan": "gramian.models.api",
     "save": "gramian.models.checkpoint",
@@ -32,8 +32,8 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
-    from gramian.compress import Plan
-    from gramian.fit import fit
+    from gramian.compression import Plan
+    from gramian.fitting import fit
     from gramian.grams import Gram, Grams
     from gramian.models.api import collect, compress, plan
     from gramian.models.checkpoint import load_into, save

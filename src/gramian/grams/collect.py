@@ -17,6 +17,8 @@ OUTPUT_DAMPING = 1e-2
 """Shrinkage of the output-gradient Gram: a few hundred sequences do not show every output direction."""
 INPUT_DAMPING = 1e-3
 """Shrinkage of the input Gram."""
+ROUNDING = 1e-7
+"""Of float32 products, relative to the trace of the second moment."""
 
 
 @dataclass
@@ -44,8 +46,14 @@ class LayerGrams:
         return round(self.input.count)
 
     def gram_in(self, centred: bool = True, damping: float = INPUT_DAMPING) -> Tensor:
-        """G_in (in, in): the inputs' covariance (a bias absorbs their mean) or second moment, slightly shrunk."""
-        return shrink(self.input.covariance() if centred else self.input.moment(), damping)
+        """G_in (in, in): the inputs' covariance (a bias absorbs their mean) or second moment, slightly shrunk.
+
+        Where the mean outweighs the spread, the covariance is a difference of large numbers; what float32 products may have
+        rounded is added to the diagonal, so that the result is positive definite.
+        """
+        gram = shrink(self.input.covariance() if centred else self.input.moment(), damping)
+        noise = ROUNDING * float(self.input.moment().diagonal().sum())
+        return gram + noise * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
     def gram_out(self, damping: float = OUTPUT_DAMPING) -> Tensor | None:
         """G_out (out, out), such that ``1/2 tr(G_out D G_in D^T)`` predicts the rise of the objective.

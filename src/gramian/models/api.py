@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gramian.compress import Built, Entry, Layer, Plan, build_entry, make_plan
+from gramian.compression import Built, Entry, Layer, Plan, build_entry, make_plan
 from gramian.errors import GramianError
 from gramian.grams import Grams, collect_layers
 from gramian.models.groups import find_groups

@@ -65,6 +65,9 @@ def heal(
         every: see `checkpoint`.
         progress: called with (step, loss).
 
+    The result is never worse than the start: if the loss over the calibration data (some of its batches) did not fall, the
+    start is put back.
+
     Returns:
         (step, loss) of every step taken here.
 
@@ -96,6 +99,11 @@ def heal(
     training = student.training
     student.eval()
     teacher.eval()
+    before = _validate(student, teacher, workload, settings) if resume is None else float(resume["before"])
+    if resume is None:
+        start = {key: p.detach().clone() for key, p in trained.items()}
+    else:
+        start = {key: resume[f"start|{key}"] for key in trained}
     try:
         for step in range(first, settings.steps):
             for group in optimiser.param_groups:
@@ -115,7 +123,14 @@ def heal(
             if progress is not None:
                 progress(step, value)
             if checkpoint is not None and (step + 1) % every == 0 and step + 1 < settings.steps:
-                checkpoint(_state(step + 1, trained, optimiser))
+                state = _state(step + 1, trained, optimiser)
+                state["before"] = torch.tensor(before, dtype=torch.float64)
+                state.update({f"start|{key}": value for key, value in start.items()})
+                checkpoint(state)
+        if not _validate(student, teacher, workload, settings) < before:
+            with torch.no_grad():
+                for key, p in trained.items():
+                    p.copy_(start[key])
     finally:
         student.train(training)
         for p in frozen:
@@ -129,6 +144,17 @@ def heal(
             skeleton = Skeleton.from_pair(pair.left[0], pair.right[0])
             student.set_submodule(name, as_linear(skeleton, module.bias))
     return history
+
+
+@torch.no_grad()
+def _validate(student: nn.Module, teacher: nn.Module, workload: Workload, settings: Healing) -> float:
+    """Mean loss over at most four of the calibration batches, as they are."""
+    batches = workload.batches[:: max(1, len(workload.batches) // 4)][:4]
+    losses = [
+        float(_loss(workload.outputs(student, batch), workload.outputs(teacher, batch), settings.states))
+        for batch in batches
+    ]
+    return sum(losses) / len(losses)
 
 
 def _schedule(step: int, steps: int) -> float:

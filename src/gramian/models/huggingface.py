@@ -183,7 +183,8 @@ def attach(model: Any, **other: Any) -> None:
         other: JSON-able entries for ``quantization_config``, e.g. the recipe.
 
     Raises:
-        GramianError: not a ``PreTrainedModel``, or one that another method has quantized.
+        GramianError: not a ``PreTrainedModel``, one that another method has quantized, or an encoder-decoder whose tied
+            output layer was changed.
     """
     _check(model)
     known = getattr(model.config, "quantization_config", None) or {}
@@ -196,9 +197,21 @@ def attach(model: Any, **other: Any) -> None:
     model.hf_quantizer = GramianQuantizer(model.config.quantization_config, pre_quantized=True)
     model.quantization_method = METHOD
     model.is_quantized = True
-    head = model.get_output_embeddings()
-    if head is not None and isinstance(head, StructuredLinear):
-        model.config.tie_word_embeddings = False  # else loading would put the embedding's matrix in the head's place
+    _untie(model)
+
+
+def _untie(model: Any) -> None:
+    """Record that an output layer no longer shares the embedding's matrix; loading would else put that in its place."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    shares = head is None or head.weight is getattr(embedding, "weight", None)
+    if shares or not getattr(model.config, "tie_word_embeddings", False) or not model._tied_weights_keys:
+        return
+    if model.config.is_encoder_decoder:
+        raise GramianError(
+            f"the output layer of {type(model).__name__} is tied to its embedding, and that decides how it computes; "
+            "leave it out with exclude"
+        )
+    model.config.tie_word_embeddings = False
 
 
 def save_huggingface(model: Any, directory: str | os.PathLike[str], tokenizer: Any = None, **other: Any) -> None:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gramian import __version__
-from gramian.compress import Built, Entry, Layer, Plan, dense_cost, make_plan, resolve_structures
-from gramian.compress.plan import check_keep
+from gramian.compression import Built, Entry, Layer, Plan, dense_cost, make_plan, resolve_structures
+from gramian.compression.plan import check_keep
 from gramian.errors import GramianError
 from gramian.grams import Grams
 from gramian.linalg import svdvals
@@ -446,15 +446,15 @@ def _tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _op_cost(op: Operator) -> Any:
-    from gramian.compress import Cost
+    from gramian.compression import Cost
 
     return Cost(op.numel, op.nbytes, op.flops())
 
 
 def _least(layer: Layer, methods: Sequence[str], cost: str) -> int:
     """The cost of the cheapest thing that can be done to a layer alone (a lower bound is enough)."""
-    from gramian.compress.options import single_curve
-    from gramian.compress import JOINT
+    from gramian.compression.options import single_curve
+    from gramian.compression import JOINT
 
     least = dense_cost(layer).of(cost)
     for method in methods:

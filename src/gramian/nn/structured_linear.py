@@ -198,7 +198,7 @@ class StructuredLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """The same layer as a plain ``nn.Linear``."""
         with torch.no_grad():
-            dense = self.op.dense()
+            dense = self.op.dense().to(self.weight.dtype)
             layer = nn.Linear(
                 self.in_features, self.out_features, self.bias is not None, device=dense.device, dtype=dense.dtype
             )

@@ -205,7 +205,7 @@ class BlockLowRank(Operator):
         blocks k, each solved exactly given the others: the unconstrained optimum of the block column is
         ``A_k + (W - A) G[:, k] G_kk^{-1}``, and its rank-t truncation in the norm of (H_jj, G_kk) is the minimiser; the
         objective with H's diagonal blocks never rises. H's coupling between row blocks is left to
-        ``gramian.fit.fit``, which polishes under the whole of it.
+        ``gramian.fit``, which polishes under the whole of it.
         """
         out, in_ = weight.shape
         j, k = (max(1, min(int(b), d)) for b, d in zip(blocks, (out, in_), strict=True))

@@ -93,7 +93,7 @@ class KroneckerSum(Operator):
     ) -> KroneckerSum:
         """The Frobenius optimum by the rearrangement of Van Loan and Pitsianis (1993): the SVD of the matrix whose rows
         are the vectorised blocks. Where the sizes do not divide, what the padding holds is free, and alternating least
-        squares over the real entries follow (the error never rises). The Grams are not used here; ``gramian.fit.fit``
+        squares over the real entries follow (the error never rises). The Grams are not used here; ``gramian.fit``
         starts from this and polishes.
 
         Args:

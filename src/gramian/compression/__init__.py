@@ -1,9 +1,9 @@
 """Post-training compression: what each structure and size of each layer would lose, and the best choice under a budget."""
 
-from gramian.compress.knapsack import solve, solve_lagrangian
-from gramian.compress.layer import Layer
-from gramian.compress.options import JOINT, Built, Candidate, Cost, dense_cost
-from gramian.compress.plan import Entry, Plan, build_entry, count, make_plan, resolve_structures
+from gramian.compression.knapsack import solve, solve_lagrangian
+from gramian.compression.layer import Layer
+from gramian.compression.options import JOINT, Built, Candidate, Cost, dense_cost
+from gramian.compression.plan import Entry, Plan, build_entry, count, make_plan, resolve_structures
 
 __all__ = [
     "JOINT",

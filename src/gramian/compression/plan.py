@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gramian.compress.knapsack import Option, Solution, solve
-from gramian.compress.layer import Layer
-from gramian.compress.options import COSTS, JOINT, Built, Candidate, Cost, build_single, dense_cost, single_curve
+from gramian.compression.knapsack import Option, Solution, solve
+from gramian.compression.layer import Layer
+from gramian.compression.options import COSTS, JOINT, Built, Candidate, Cost, build_single, dense_cost, single_curve
 from gramian.errors import GramianError, nearest
 from gramian.grams import Joint
 from gramian.ops import structures as registered

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import GramianError
-from gramian.fit.multilinear import polish
+from gramian.fitting.multilinear import polish
 from gramian.linalg import weighted_error
 from gramian.ops import Operator, structure
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.compress.layer import Layer
+from gramian.compression.layer import Layer
 from gramian.errors import GramianError
-from gramian.fit import fit
+from gramian.fitting import fit
 from gramian.linalg import interpolation, pivoted_nystrom, psd_solve, reduced_rank
 from gramian.ops import Dense, Operator, Product, Quantized, Selection, Skeleton, structures
 from gramian.ops.operator import Size
