@@ -84,9 +84,9 @@ def reference_gradients(model: Tower, x: torch.Tensor, probes: torch.Tensor, cen
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def keep(name: str, seen: dict = seen):
-            def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-                output.retain_grad()
-                seen[name] = (args[0], output)
+            def hook(module: nn.Module, args: tuple, result: torch.Tensor) -> None:
+                result.retain_grad()
+                seen[name] = (args[0], result)
 
             return hook
 

@@ -137,7 +137,7 @@ def test_centred_whitened_svd_equals_lord() -> None:
 
 
 def test_row_weighted_svd_equals_fwsvd() -> None:
-    """FWSVD (Hsu et al. 2022): SVD_r(D W) scaled back by D^{-1}, D = diag(sqrt(row importance)): a diagonal output Gram."""
+    """FWSVD (Hsu et al. 2022): D^{-1} SVD_r(D W), D = diag(sqrt(row importance)): a diagonal output Gram."""
     weight, importance = normal(10, 14), normal(10, seed=4).square() + 0.01
     scale = importance.sqrt().numpy()
     for h in (importance, torch.diag(importance)):

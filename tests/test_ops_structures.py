@@ -1,4 +1,4 @@
-"""Each structure against a definition written apart from it, its projection against a known optimum, and the algebra."""
+"""Each structure against a definition of its own, its projection against a known optimum, and the algebra."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from gramian.ops import (
     diagonal,
     from_config,
     kron,
+    register,
     structure,
     trace,
 )
@@ -274,19 +275,24 @@ def test_low_rank_is_the_textbook_optimum(cls: type[Operator], shape: tuple[int,
 
 @pytest.mark.parametrize(("strided_rows", "strided_columns"), LAYOUTS)
 @pytest.mark.parametrize("shape", [(12, 8), (11, 7), (5, 3)])
-def test_blocks_without_grams_are_truncated_one_by_one(
-    shape: tuple[int, int], strided_rows: bool, strided_columns: bool
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_that_do_not_interact_are_truncated_one_by_one(
+    shape: tuple[int, int], strided_rows: bool, strided_columns: bool, weighted: bool
 ) -> None:
+    """Without Grams, and with diagonal ones."""
     weight, (j, k) = normal(*shape), (2, 3)
+    g, h = (normal(shape[1]).square(), normal(shape[0], seed=1).square()) if weighted else (None, None)
     rows = [[r for r in range(shape[0]) if (r % j if strided_rows else r // -(-shape[0] // j)) == i] for i in range(j)]
     columns = [
         [c for c in range(shape[1]) if (c % k if strided_columns else c // -(-shape[1] // k)) == i] for i in range(k)
     ]
+    scaled = root(h, shape[0]) @ weight.numpy() @ root(g, shape[1])
     best = 0.0
     for block in itertools.product(rows, columns):
-        best += float((np.linalg.svd(weight.numpy()[np.ix_(*block)], compute_uv=False)[1:] ** 2).sum())
-    found = BlockLowRank.fit(weight, rank=1, blocks=(j, k), strided_rows=strided_rows, strided_columns=strided_columns)
-    assert error(weight, found) == pytest.approx(best, rel=1e-10, abs=1e-20)
+        best += float((np.linalg.svd(scaled[np.ix_(*block)], compute_uv=False)[1:] ** 2).sum())
+    layout: dict[str, Any] = {"strided_rows": strided_rows, "strided_columns": strided_columns}
+    found = BlockLowRank.fit(weight, gram_in=g, gram_out=h, rank=1, blocks=(j, k), **layout)
+    assert error(weight, found, g, h) == pytest.approx(best, rel=1e-10, abs=1e-20)
 
 
 @pytest.mark.parametrize("seen", [None, 3])
@@ -480,8 +486,8 @@ def test_rounding_takes_the_bytes_it_says(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("grid", ["uniform", "gaussian"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_quantized_recovers_members_that_use_the_whole_grid(bits: int, grid: str, rotate: bool) -> None:
-    """The scale is searched for below the one that puts the largest entry of a group on the outermost level, so a member
-    is found again when each of its groups uses that level.
+    """The scale is searched for below the one that puts the largest entry of a group on the outermost level, so a
+    member is found again when each of its groups uses that level.
     """
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**bits, (6, 32), generator=generator)
@@ -533,7 +539,7 @@ def test_each_pass_of_coordinate_descent_lowers_the_error() -> None:
 
 
 def test_rounding_is_near_the_exhaustive_optimum() -> None:
-    """Against all 4^5 codings of a row at the scale that was found: never better than the best, and seldom far from it."""
+    """Against all 4^5 codings of a row at the scale found: never better than the best, seldom far from it."""
     codings = torch.tensor(list(itertools.product(range(4), repeat=5)))
     levels = grid_levels("uniform", 2)
     ratios = []
@@ -821,6 +827,17 @@ def test_rules_simplify_to(make: Any, kind: type[Operator]) -> None:
 def test_bad_input_is_named(action: Any, message: str) -> None:
     with pytest.raises(GramianError, match=message):
         action()
+
+
+def test_a_kind_is_registered_once() -> None:
+    with pytest.raises(GramianError, match="registered twice"):
+
+        @register
+        class Other(Dense):
+            pass
+
+    assert structure("dense") is Dense
+    assert register(Dense) is Dense
 
 
 def test_stored_half_precision_scales_survive_a_description() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -153,6 +154,13 @@ def test_bad_input_is_named() -> None:
         StructuredLinear(_init(BlockLowRank, rank=2), normal(5))
     with pytest.raises(GramianError, match="as_linear"):
         StructuredLinear(Dense(normal(2, 2)))
+
+    @dataclass(frozen=True, eq=False, repr=False)
+    class Unlucky(Diagonal):
+        in_features: Tensor = field(default_factory=lambda: torch.ones(1))
+
+    with pytest.raises(GramianError, match="'in_features' of a diagonal operator"):
+        StructuredLinear(Unlucky(normal(2)))
 
 
 def test_children_are_named_like_the_factors_and_matrices_are_linears() -> None:

@@ -19,7 +19,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="gramian")
 def cli() -> None:
-    """Structured matrices and Gram matrices for machine learning.
+    r"""Structured matrices and Gram matrices for machine learning.
 
     \b
     gramian compress --keep 0.5 --out small        a real sentence encoder, half the parameters
@@ -142,7 +142,8 @@ def _fail(message: str, as_json: bool) -> NoReturn:
 
 def _quiet_threads() -> None:
     """Waiting threads sleep instead of spinning (on a shared machine spinning costs a factor of ten), and libraries
-    keep their own bars and warnings to themselves."""
+    keep their own bars and warnings to themselves.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("KMP_BLOCKTIME", "0")

@@ -92,13 +92,13 @@ def solve(groups: Sequence[Group], budget: int, *, cells: int = CELLS) -> Soluti
     cell = int(np.argmin(best))
     picked: list[Choice] = []
     for group, (taken, choices) in zip(reversed(groups), reversed(trail), strict=True):
-        branch = int(taken[cell])
+        taken_branch = int(taken[cell])
         options: list[int] = []
-        for item, chosen in zip(reversed(group[branch]), reversed(choices[branch]), strict=True):
+        for item, chosen in zip(reversed(group[taken_branch]), reversed(choices[taken_branch]), strict=True):
             option = int(chosen[cell])
             options.append(option)
             cell -= -(-item[option].cost // unit)
-        picked.append(Choice(branch, tuple(reversed(options))))
+        picked.append(Choice(taken_branch, tuple(reversed(options))))
     return _exchange(groups, picked[::-1], budget)
 
 
@@ -148,7 +148,7 @@ def solve_lagrangian(groups: Sequence[Group], budget: int) -> Solution:
         for group in groups:
             best: tuple[float, Choice] | None = None
             for index, branch in enumerate(group):
-                options = [min(range(len(i)), key=lambda k, i=i: (i[k].error + price * i[k].cost, i[k].cost)) for i in branch]  # type: ignore[misc]
+                options = [_best_at(item, price) for item in branch]
                 value = sum(i[k].error + price * i[k].cost for i, k in zip(branch, options, strict=True))
                 if best is None or value < best[0]:
                     best = (value, Choice(index, tuple(options)))
@@ -175,6 +175,10 @@ def solve_lagrangian(groups: Sequence[Group], budget: int) -> Solution:
         if _totals(groups, picked)[0] > budget:
             picked = [_cheapest(group) for group in groups]
     return _exchange(groups, picked, budget)
+
+
+def _best_at(item: Item, price: float) -> int:
+    return min(range(len(item)), key=lambda k: (item[k].error + price * item[k].cost, item[k].cost))
 
 
 def _cheapest(group: Group) -> Choice:

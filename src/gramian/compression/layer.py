@@ -60,7 +60,8 @@ class Layer:
     @cached_property
     def unit(self) -> float:
         """What a weighted squared error is multiplied by: 1/2 gives predicted loss; without gradients errors only compare
-        relative to the layer's whole output."""
+        relative to the layer's whole output.
+        """
         if self.gram_out is not None:
             return 0.5
         return 1.0 / max(float(weighted_error(self.weight, self.gram_in, None)), 1e-300)
@@ -87,5 +88,3 @@ class Layer:
         """Forget what is cached; it is computed again when asked."""
         for name in ("spectrum", "gram_in", "gram_out"):
             self.__dict__.pop(name, None)
-
-

@@ -118,7 +118,8 @@ def _skeleton_curve(layer: Layer) -> list[Candidate]:
 
 def rounding_energy(layer: Layer) -> float:
     """``sum_j D_j * sum_i H_ii mean_j W_ij^2``: multiplied by a grid's constant it predicts the error of rounding with
-    feedback, D the diagonal of the LDL factorisation of the damped input Gram (QuIP, Chee et al. 2023, theorem 1)."""
+    feedback, D the diagonal of the LDL factorisation of the damped input Gram (QuIP, Chee et al. 2023, theorem 1).
+    """
     from gramian.ops.quantized import DAMPING
 
     rows = layer.weight.double().square().mean(1)
@@ -323,7 +324,7 @@ class QueryKey:
         rights = [right[:r] for (_, right, _), r in zip(parts, ranks, strict=True)]
         made = Built({})
         for layer, blocks in ((self.query, lefts), (self.key, rights)):
-            turn = torch.block_diag(*blocks)
+            turn = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
             made.layers[layer.name] = _rows(turn, layer, rows)
         lost = sum(float(errors[r]) for (_, _, errors), r in zip(parts, ranks, strict=True))
         made.error = {self.query.name: lost, self.key.name: 0.0}
@@ -371,7 +372,7 @@ class ValueOutput:
         owner, _ = _spread([-errors.diff() for _, _, errors in parts])
         width = self.output.shape[1] // self.heads
         ranks, rows = _head_ranks(owner, int(size["dimensions"]), self.heads, width)
-        turn = torch.block_diag(*(right[:r] for (_, right, _), r in zip(parts, ranks, strict=True)))
+        turn = torch.block_diag(*(right[:r] for (_, right, _), r in zip(parts, ranks, strict=True)))  # type: ignore[no-untyped-call]
         g = self.output.gram_in
         assert g is not None
         seen = turn @ g
@@ -420,8 +421,8 @@ def _rows(turn: Tensor, layer: Layer, rows: Tensor) -> tuple[Operator, Tensor | 
 
 JOINT: dict[str, Callable[..., Any]] = {
     "neurons": lambda layers, heads: Neurons(list(layers[:-1]), layers[-1]),
-    "query_key": lambda layers, heads: QueryKey(*layers, heads),
-    "value_output": lambda layers, heads: ValueOutput(*layers, heads),
+    "query_key": lambda layers, heads: QueryKey(layers[0], layers[1], heads),
+    "value_output": lambda layers, heads: ValueOutput(layers[0], layers[1], heads),
 }
 """Joint methods by kind: (layers, heads) -> an object with ``curve`` and ``build``."""
 

@@ -209,17 +209,14 @@ def make_plan(
             if progress is not None:
                 progress(index + 1)
     priced = [
-        [
-            [[Option(c.cost.of(cost), c.error) for c in curves[item]] for item in branch]
-            for branch in group
-        ]
+        [[[Option(c.cost.of(cost), c.error) for c in curves[item]] for item in branch] for branch in group]
         for group in groups
     ]
     if uniform:
         choices = []
         for group, options in zip(groups, priced, strict=True):
-            names = {name for item in group[0] for name in item[1:]}
-            share = int(keep * sum(dense_cost(layers[name]).of(cost) for name in names))
+            members = {name for item in group[0] for name in item[1:]}
+            share = int(keep * sum(dense_cost(layers[name]).of(cost) for name in members))
             choices += solve([options], share).choices
         solution = Solution(choices, 0, 0.0)
     else:
@@ -249,9 +246,7 @@ ItemKey = tuple[str, ...]
 """("single", layer) or (joint kind, layer, layer, ...)."""
 
 
-def _groups(
-    layers: Mapping[str, Layer], joints: Sequence[Joint], methods: Sequence[str]
-) -> list[list[list[ItemKey]]]:
+def _groups(layers: Mapping[str, Layer], joints: Sequence[Joint], methods: Sequence[str]) -> list[list[list[ItemKey]]]:
     """Groups of branches of items. A group with a joint option has two branches: one by one, or together."""
     groups: list[list[list[ItemKey]]] = []
     done: set[str] = set()

@@ -21,14 +21,15 @@ def polish(
 ) -> Operator:
     """Lower ``tr(H (W - A) G (W - A)^T)`` from the start `op`, never above it.
 
-    Every structure here is linear (a sum: affine) in each of its factors, so with the others fixed each factor is a linear least-squares
-    problem. It is solved by conjugate gradients on the normal equations, with products by automatic differentiation of
+    Every structure here is linear (a sum: affine) in each of its factors, so with the others fixed each factor is a
+    linear least-squares problem. It is solved by conjugate gradients on the normal equations, with products by automatic differentiation of
     ``dense()``; each step minimises exactly along its direction, so the objective cannot rise.
 
     Args:
         op: the start.
         weight: (out, in).
-        gram_in, gram_out: matrices, diagonals or None.
+        gram_in: (in, in), its diagonal (in,), or None.
+        gram_out: (out, out), its diagonal (out,), or None.
         sweeps: passes over all factors.
         steps: conjugate-gradient steps a factor.
         tolerance: stop when a sweep lowers the objective by less than this share.
@@ -55,9 +56,7 @@ def polish(
     return rounded if float(weighted_error(w - rounded.dense(), g, h)) < first else start
 
 
-def _solve_factor(
-    op: Operator, name: str, w: Tensor, g: Tensor | None, h: Tensor | None, steps: int
-) -> Tensor:
+def _solve_factor(op: Operator, name: str, w: Tensor, g: Tensor | None, h: Tensor | None, steps: int) -> Tensor:
     """Minimise over one factor, from where it is."""
     factor = op.factors()[name].detach().clone().requires_grad_()
     with torch.enable_grad():

@@ -304,7 +304,7 @@ class _Pass:
     def after(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = self.inputs.pop(name)
-            output.register_hook(lambda gradient: self._gradient(name, x, gradient))
+            output.register_hook(lambda gradient: self._gradient(name, x, gradient))  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -37,12 +37,12 @@ class Gram:
 
     @property
     def size(self) -> int:
-        """d."""
+        """D."""
         return self.first.shape[0]
 
     @property
     def kind(self) -> str:
-        """ "dense" or "diagonal"."""
+        """Either "dense" or "diagonal"."""
         return "dense" if self.second.dim() == 2 else "diagonal"
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> Self:
@@ -71,7 +71,9 @@ class Gram:
         Raises:
             GramianError: NaN or Inf in the sums.
         """
-        if not bool(first.isfinite().all()) or not bool(second.diagonal().isfinite().all() if second.dim() == 2 else second.isfinite().all()):
+        if not bool(first.isfinite().all()) or not bool(
+            second.diagonal().isfinite().all() if second.dim() == 2 else second.isfinite().all()
+        ):
             raise GramianError("NaN or Inf among the samples of a Gram; look at the layer's input for overflow")
         self.second += second
         self.first += first
@@ -118,7 +120,8 @@ class Gram:
 
     def rank(self) -> int:
         """How many input directions the samples have shown: eigenvalues above 1e-6 of the largest, what float32 products
-        can tell from rounding."""
+        can tell from rounding.
+        """
         return psd_rank(self.moment(), 1e-6)
 
     def root(self) -> Tensor:

@@ -5,7 +5,6 @@ Everything takes and returns plain tensors; nothing here knows operators, Grams 
 
 from gramian.linalg.hadamard import hadamard_transform, largest_power_of_two
 from gramian.linalg.pivoting import interpolation, pivoted_nystrom, pivoted_rows
-from gramian.linalg.weighted import ReducedRank, reduced_rank, weigh, weighted_error
 from gramian.linalg.spectral import (
     eigh,
     eigvalsh,
@@ -16,12 +15,10 @@ from gramian.linalg.spectral import (
     svd,
     svdvals,
 )
+from gramian.linalg.weighted import ReducedRank, reduced_rank, weigh, weighted_error
 
 __all__ = [
     "ReducedRank",
-    "reduced_rank",
-    "weigh",
-    "weighted_error",
     "eigh",
     "eigvalsh",
     "hadamard_transform",
@@ -33,6 +30,9 @@ __all__ = [
     "psd_rank",
     "psd_root",
     "psd_solve",
+    "reduced_rank",
     "svd",
     "svdvals",
+    "weigh",
+    "weighted_error",
 ]

@@ -33,7 +33,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def eigvalsh(matrix: Tensor) -> Tensor:
     """Eigenvalues (..., n) of a symmetric matrix (..., n, n), largest first."""
-    return torch.linalg.eigvalsh(_symmetric(matrix)).flip(-1)
+    values: Tensor = torch.linalg.eigvalsh(_symmetric(matrix))
+    return values.flip(-1)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +52,8 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def svdvals(matrix: Tensor) -> Tensor:
     """Singular values (..., k), largest first, of matrix (..., m, n); k = min(m, n)."""
-    return torch.linalg.svdvals(matrix)
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values
 
 
 def polar(matrix: Tensor) -> Tensor:

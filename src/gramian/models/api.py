@@ -74,7 +74,8 @@ def collect(
         objective: "features" (random probes of the output), "lm" (labels sampled from the model), "none" (no backward
             pass), or "auto".
         tokenizer: for texts.
-        include, exclude: shell-style patterns of layer names.
+        include: shell-style patterns of layer names; () for all.
+        exclude: patterns to leave out; they win.
         seed: of the random probes.
         centres: ``Grams.centres()`` of another shard, for an exact ``merge``.
         progress: called with ("collect", sequences done, sequences in all).
@@ -180,9 +181,7 @@ def check_plan(chosen: Plan, layers: Mapping[str, Layer]) -> None:
             seen.add(name)
 
 
-def build_all(
-    chosen: Plan, layers: Mapping[str, Layer], threads: int = 2
-) -> Iterator[tuple[int, Entry, Built]]:
+def build_all(chosen: Plan, layers: Mapping[str, Layer], threads: int = 2) -> Iterator[tuple[int, Entry, Built]]:
     """Make every entry of a plan, in order; a few are made side by side."""
     check_plan(chosen, layers)
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
@@ -206,7 +205,7 @@ def compress(
     structures: Sequence[str] | str = "auto",
     objective: str = "auto",
     heal_steps: int = 0,
-    plan: Plan | None = None,  # noqa: A002
+    plan: Plan | None = None,
     grams: Grams | None = None,
     tokenizer: Any = None,
     include: Sequence[str] = (),
@@ -219,13 +218,16 @@ def compress(
     Args:
         model: any module; left as it was.
         data: calibration texts, batches or a Workload; may be left out when `grams` is given and nothing is healed.
-        keep, cost, structures: see ``plan``; not used when `plan` is given.
+        keep: see ``plan``; not used when `plan` is given.
+        cost: likewise.
+        structures: likewise.
         objective: see ``collect``; not used when `grams` is given.
         heal_steps: steps of distillation against `model` after fitting.
         plan: a ready plan, perhaps edited by hand.
         grams: ready Grams of `model`.
         tokenizer: for texts.
-        include, exclude: shell-style patterns of layer names.
+        include: shell-style patterns of layer names; () for all.
+        exclude: patterns to leave out; they win.
         seed: makes the run repeatable.
         progress: called with (stage, done, total).
 

@@ -16,11 +16,47 @@ from gramian.errors import GramianError
 SHORTEST, LONGEST = 120, 1200
 """Characters of a usable paragraph."""
 
-DOCUMENTED = (
-    "argparse asyncio collections csv datetime decimal difflib email.message fractions functools heapq http.client "
-    "inspect itertools json logging multiprocessing os pathlib pickle random re shutil socket sqlite3 ssl statistics "
-    "string subprocess tarfile tempfile textwrap threading typing unittest urllib.request uuid xml.dom.minidom zipfile"
-).split()
+DOCUMENTED = [
+    "argparse",
+    "asyncio",
+    "collections",
+    "csv",
+    "datetime",
+    "decimal",
+    "difflib",
+    "email.message",
+    "fractions",
+    "functools",
+    "heapq",
+    "http.client",
+    "inspect",
+    "itertools",
+    "json",
+    "logging",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "pickle",
+    "random",
+    "re",
+    "shutil",
+    "socket",
+    "sqlite3",
+    "ssl",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "typing",
+    "unittest",
+    "urllib.request",
+    "uuid",
+    "xml.dom.minidom",
+    "zipfile",
+]
 """Standard-library modules whose docstrings serve as text of another kind."""
 
 
@@ -57,7 +93,8 @@ def _paragraphs(text: str) -> Iterable[str]:
 
 def python_topics() -> Corpus:
     """English prose from CPython's language reference (``pydoc_data.topics``), split by topic: the paragraphs of about
-    60 % of the topics for calibration, those of the others held out."""
+    60 % of the topics for calibration, those of the others held out.
+    """
     from pydoc_data.topics import topics
 
     seen: set[str] = set()

@@ -140,11 +140,11 @@ def _attention(
         if query_key:
             found.append(Joint("query_key", query_key, heads))
         candidates = [n for n in trio if not query_key or n not in query_key]
-        for value in candidates:
-            if after and weight_of(layers[after[0]]).shape[1] == shape[0] and after[0] not in used:
-                if _rotates(model, layers, (value, after[0]), heads, forward, reference, out=False):
-                    found.append(Joint("value_output", (value, after[0]), heads))
-                    break
+        reads = bool(after) and weight_of(layers[after[0]]).shape[1] == shape[0] and after[0] not in used
+        for value in candidates if reads else ():
+            if _rotates(model, layers, (value, after[0]), heads, forward, reference, out=False):
+                found.append(Joint("value_output", (value, after[0]), heads))
+                break
         used.update(n for joint in found for n in joint.layers)
     return found
 
@@ -173,12 +173,13 @@ def _rotates(
     out: bool,
 ) -> bool:
     """Whether one orthogonal matrix a head, applied to what both layers write (`out`) or to what the first writes and the
-    second reads, leaves the model's output as it was."""
+    second reads, leaves the model's output as it was.
+    """
     first, second = (weight_of(layers[n]) for n in pair)
     width = first.shape[0] // heads
     generator = torch.Generator().manual_seed(0)
     turns = polar(torch.randn(heads, width, width, generator=generator)).to(first)
-    turn = torch.block_diag(*turns)
+    turn = torch.block_diag(*turns)  # type: ignore[no-untyped-call]
     bias = bias_of(layers[pair[0]])
     changed = {pair[0]: _linear(turn @ first, None if bias is None else turn @ bias)}
     bias = bias_of(layers[pair[1]])

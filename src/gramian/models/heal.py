@@ -197,9 +197,7 @@ def _state(step: int, trained: Mapping[str, nn.Parameter], optimiser: torch.opti
     return state
 
 
-def _restore(
-    state: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
-) -> int:
+def _restore(state: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
     step = int(state["step"])
     for key, p in trained.items():
         with torch.no_grad():

@@ -268,7 +268,11 @@ class Job:
     def _fit(self, work: Path, chosen: Plan, layers: dict[str, Layer]) -> list[Built]:
         folder = work / "built"
         folder.mkdir(exist_ok=True)
-        done = {i: _read_built(folder / f"{i:05d}.safetensors", layers) for i in range(len(chosen.entries)) if (folder / f"{i:05d}.json").exists()}
+        done = {
+            i: _read_built(folder / f"{i:05d}.safetensors", layers)
+            for i in range(len(chosen.entries))
+            if (folder / f"{i:05d}.json").exists()
+        }
         missing = [i for i in range(len(chosen.entries)) if i not in done]
         rest = Plan(chosen.cost, chosen.keep, chosen.budget, [chosen.entries[i] for i in missing])
         for place, _, made in build_all(rest, layers):
@@ -345,7 +349,7 @@ class Job:
         rows = []
         for entry, made in zip(chosen.entries, built, strict=True):
             for name in entry.layers:
-                layer, (op, bias) = layers[name], made.layers[name]
+                layer, op = layers[name], made.layers[name][0]
                 before, after = dense_cost(layer), _op_cost(op)
                 measured = made.error.get(name, 0.0)
                 first = name == entry.layers[-1]
@@ -453,14 +457,19 @@ def _op_cost(op: Operator) -> Any:
 
 def _least(layer: Layer, methods: Sequence[str], cost: str) -> int:
     """The cost of the cheapest thing that can be done to a layer alone (a lower bound is enough)."""
-    from gramian.compression.options import single_curve
     from gramian.compression import JOINT
+    from gramian.compression.options import single_curve
 
     least = dense_cost(layer).of(cost)
     for method in methods:
         if method == "skeleton" or method in JOINT:
             m, n = layer.shape
-            least = min(least, {"params": 2 * m + n, "bytes": (m + n) * layer.weight.element_size() + 4 * m, "flops": 2 * (m + n)}[cost])
+            least = min(
+                least,
+                {"params": 2 * m + n, "bytes": (m + n) * layer.weight.element_size() + 4 * m, "flops": 2 * (m + n)}[
+                    cost
+                ],
+            )
         elif method == "quantized":
             for candidate in single_curve(layer, method, cost):
                 least = min(least, candidate.cost.of(cost))

@@ -45,9 +45,7 @@ class Loaded:
     def workload(self, texts: list[str]) -> Workload:
         """Texts as this model takes them."""
         longest = min(256, int(getattr(self.model.config, "max_position_embeddings", 256) or 256))
-        return text_workload(
-            self.tokenizer, texts, longest=longest, language_model=is_language_model(self.model)
-        )
+        return text_workload(self.tokenizer, texts, longest=longest, language_model=is_language_model(self.model))
 
     def copy(self) -> nn.Module:
         """A second copy of the model."""
@@ -136,7 +134,7 @@ def load_model(model: str | None, data: str | None) -> Loaded:
     except json.JSONDecodeError as error:
         raise GramianError(f"MODEL {directory}: config.json is damaged: {error}") from None
     cls = getattr(transformers, architectures[0], None) if architectures else None
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded = (cls or transformers.AutoModel).from_pretrained(inner, local_files_only=True, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True)

@@ -58,13 +58,13 @@ class StructuredLinear(nn.Module):
         if bias is not None and tuple(bias.shape) != (op.shape[0],):
             raise GramianError(f"StructuredLinear: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
         trainable, matrices = op.trainable(), op.linear_factors()
-        for name, value in op.factors().items():
-            root = name.partition(".")[0]
-            if root in ("weight", "bias") or hasattr(type(self), root):
+        for root in {name.partition(".")[0] for name in op.factors()}:
+            if root in ("weight", "bias") or root in self.__dict__ or hasattr(type(self), root):
                 raise GramianError(
-                    f"StructuredLinear: the factor {name!r} of a {op.kind} operator has the name of an attribute of the "
-                    "layer; rename it, or use as_linear for a dense operator"
+                    f"StructuredLinear: the factor {root!r} of a {op.kind} operator has the name of an attribute of "
+                    "the layer; rename it, or use as_linear for a dense operator"
                 )
+        for name, value in op.factors().items():
             _attach(self, name, value, name in trainable, name in matrices)
         self.register_buffer("weight", torch.empty(0, dtype=op.dtype, device=op.device))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
@@ -111,8 +111,8 @@ class StructuredLinear(nn.Module):
         return weight.view(self._shapes[name])
 
     def _plain(self, prefix: str = "") -> bool:
-        """Whether the children whose names start with `prefix` are as they were made: no adapter library has wrapped one,
-        and no hook waits for a call.
+        """Whether the children whose names start with `prefix` are as they were made: no adapter library has wrapped
+        one, and no hook waits for a call.
         """
         for name in self._shapes:
             if name.startswith(prefix):

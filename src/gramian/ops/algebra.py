@@ -86,9 +86,7 @@ def compose(*ops: Operator) -> Operator:
     for op in ops:
         for factor in op.parts if isinstance(op, Product) else (op,):
             if factors and factors[-1].shape[1] != factor.shape[0]:
-                raise GramianError(
-                    f"compose: {factors[-1].shape} @ {factor.shape}; expected equal inner sizes"
-                )
+                raise GramianError(f"compose: {factors[-1].shape} @ {factor.shape}; expected equal inner sizes")
             factors.append(factor)
             while len(factors) > 1:
                 fused = _fuse(factors[-2], factors[-1])

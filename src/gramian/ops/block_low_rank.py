@@ -1,4 +1,4 @@
-"""Block low-rank matrices: one class for low-rank, Monarch, two-core block tensor-train, block-dense and block-diagonal.
+"""Block low-rank matrices: one class for low rank, Monarch, block dense and two-core block tensor-train.
 
 The matrix is cut into J x K blocks of s x p entries and every block has rank t. Rows and columns may be cut in two
 ways each: *contiguous* (block j holds rows j s .. j s + s - 1) or *strided* (block j holds rows j, j + J, j + 2J, ...).
@@ -61,8 +61,8 @@ class BlockLowRank(Operator):
             (j, s, tk), (k, jt, p) = left.shape, right.shape
             fits = j > 0 and k > 0 and tk * j == jt * k and tk % k == 0
             fits = fits and s == -(-self.rows // j) and p == -(-self.columns // k)
-        expected = f"left (J, s, t K) and right (K, J t, p) with s = ceil({self.rows} / J), p = ceil({self.columns} / K)"
-        self._check(fits, expected)
+        sizes = f"s = ceil({self.rows} / J), p = ceil({self.columns} / K)"
+        self._check(fits, f"left (J, s, t K) and right (K, J t, p) with {sizes}")
 
     # Named constructors ------------------------------------------------------------------------------------------
 
@@ -73,8 +73,8 @@ class BlockLowRank(Operator):
 
     @classmethod
     def monarch(cls, first: Tensor, second: Tensor) -> BlockLowRank:
-        """The Monarch matrix ``P L P^T R`` with block-diagonal L and R (Dao et al. 2022, "Monarch", section 3.1), in the
-        generalised form of their code: rank-q intermediate, rectangular blocks.
+        """The Monarch matrix ``P L P^T R`` with block-diagonal L and R (Dao et al. 2022, "Monarch", section 3.1), in
+        the generalised form of their code: q numbers between the two for each block, rectangular blocks.
 
         Args:
             first: R, (b, q, in / b): block k maps its slice of the input to q numbers.
@@ -284,8 +284,8 @@ class BlockLowRank(Operator):
 
 def _block_order(length: int, blocks: int, width: int, strided: bool) -> Tensor:
     """For each place of the block-contiguous padded axis, the original coordinate, or -1 for padding."""
-    places = torch.arange(blocks * width).reshape(width, blocks).T.reshape(-1) if strided else torch.arange(
-        blocks * width
+    places = (
+        torch.arange(blocks * width).reshape(width, blocks).T.reshape(-1) if strided else torch.arange(blocks * width)
     )
     return torch.where(places < length, places, torch.full_like(places, -1))
 

@@ -64,7 +64,7 @@ class BlockSparse(Operator):
         return y.reshape(*batch, self.rows)
 
     def dense(self) -> Tensor:
-        r, c, height, width = self.values.shape
+        r, _, height, width = self.values.shape
         full = self.values.new_zeros(r, self._column_blocks(), height, width)
         place = self.index.long()[:, :, None, None].expand_as(self.values)
         full = full.scatter_add(1, place, self.values)

@@ -21,7 +21,6 @@ class _Composite(Operator):
     def numel(self) -> int:
         return sum(part.numel for part in self.parts)
 
-
     def __post_init__(self) -> None:
         if not self.parts:
             raise GramianError(f"{self.kind}: no parts; expected at least one")
@@ -239,7 +238,8 @@ class BlockDiag(_Composite):
         return torch.cat([part.apply(piece) for part, piece in zip(self.parts, pieces, strict=True)], dim=-1)
 
     def dense(self) -> Tensor:
-        return torch.block_diag(*self._dense_parts())
+        full: Tensor = torch.block_diag(*self._dense_parts())  # type: ignore[no-untyped-call]
+        return full
 
     def transpose(self) -> Operator:
         return BlockDiag(tuple(part.T for part in self.parts))

@@ -73,7 +73,8 @@ class Operator:
     @classmethod
     def init(cls, shape: tuple[int, int], *, generator: torch.Generator | None = None, **size: Any) -> Operator:
         """Random start whose spectral norm is near sqrt(out / in): the spectral condition for feature learning
-        (Yang, Simon, Bernstein 2023)."""
+        (Yang, Simon, Bernstein 2023).
+        """
         raise GramianError(f"structure {cls.kind!r} has no random initialisation")
 
     @classmethod
@@ -154,7 +155,8 @@ class Operator:
 
     def runtime(self) -> Operator:
         """An operator equal to this one, in the form that runs fastest (more memory is allowed; see
-        ``nn.StructuredLinear``). By default the operator itself."""
+        ``nn.StructuredLinear``). By default the operator itself.
+        """
         return self
 
     @property
@@ -331,8 +333,8 @@ def _build(
             if name not in factors:
                 raise GramianError(f"{cls.kind}: factor {name!r} is missing; found {', '.join(factors) or 'none'}")
             tensor = factors.pop(name)
-            if list(tensor.shape) != list(shape):
-                raise GramianError(f"{cls.kind}: factor {name!r} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+            if list(tensor.shape) != shape:
+                raise GramianError(f"{cls.kind}: factor {name!r} is {tuple(tensor.shape)}; expected {tuple(shape)}")
             fields[field.name] = tensor
             continue
         if field.name not in config:

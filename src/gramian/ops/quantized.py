@@ -3,8 +3,8 @@
     A = Q S,   Q[i, j] = scale[i, j // group] * level[code[i, j]],   S = blockwise Hadamard of random signs, or I
 
 The rotation makes the entries nearly Gaussian, so a grid that is optimal for a Gaussian is nearly optimal for them, and
-the rounding error relative to the weight is a constant of the grid (Malinovskii et al. 2024, "Pushing the Limits of Large
-Language Model Quantization via the Linearity Theorem", HIGGS).
+the rounding error relative to the weight is a constant of the grid (Malinovskii et al. 2024, "Pushing the Limits of
+Large Language Model Quantization via the Linearity Theorem", HIGGS).
 """
 
 from __future__ import annotations
@@ -148,6 +148,9 @@ class Quantized(Operator):
         1e-4 want rescaling first.
 
         Args:
+            weight: (out, in).
+            gram_in: (in, in), its diagonal (in,), or None to round to nearest.
+            gram_out: ignored.
             bits: 2 to 8.
             group: input channels that share a scale.
             grid: "uniform" or "gaussian".
@@ -155,12 +158,13 @@ class Quantized(Operator):
             feedback: use `gram_in`'s off-diagonal; False rounds to nearest.
             passes: coordinate-descent passes after the first.
             seed: of the random signs.
+            size: nothing else.
         """
         if not 2 <= bits <= 8:
             raise GramianError(f"quantized: bits {bits}; expected 2 to 8")
         if grid not in GRIDS:
             raise GramianError(f"quantized: grid {grid!r}; expected one of {GRIDS}")
-        out, in_ = weight.shape
+        in_ = weight.shape[1]
         group = min(group, max(in_, 1))
         block = min(largest_power_of_two(in_), 128) if rotate and in_ else 1
         generator = torch.Generator().manual_seed(seed)
@@ -199,9 +203,7 @@ class Quantized(Operator):
         )
 
     @classmethod
-    def init(
-        cls, shape: tuple[int, int], *, generator: torch.Generator | None = None, **size: Any
-    ) -> Quantized:
+    def init(cls, shape: tuple[int, int], *, generator: torch.Generator | None = None, **size: Any) -> Quantized:
         return cls.fit(spectral_normal(shape, generator), **size)
 
     @classmethod
@@ -238,20 +240,20 @@ def grid_levels(grid: str, bits: int) -> Tensor:
 
 def _find_levels(grid: str, bits: int) -> Tensor:
     count = 2**bits
-    uniform = (2 * torch.arange(count, dtype=torch.float64) - (count - 1)) / (count - 1)
+    uniform: Tensor = (2 * torch.arange(count, dtype=torch.float64) - (count - 1)) / (count - 1)
     if grid == "uniform":
         return uniform
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    cdf = torch.special.ndtr
     # Panter-Dite companding is close to the optimum, so Newton's method on the fixed point converges in a few steps.
-    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count) * math.sqrt(3)
+    levels: Tensor = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count) * math.sqrt(3)
     edge = torch.tensor([40.0], dtype=torch.float64)
 
     def gap(points: Tensor) -> Tensor:
         bounds = torch.cat([-edge, (points[1:] + points[:-1]) / 2, edge])
-        density = torch.exp(normal.log_prob(bounds))
-        mass = normal.cdf(bounds[1:]) - normal.cdf(bounds[:-1])
+        density = torch.exp(-bounds.square() / 2) / math.sqrt(2 * math.pi)
+        mass = cdf(bounds[1:]) - cdf(bounds[:-1])
         # Upper tails by symmetry: 1 - cdf loses all digits there.
-        mass = torch.where(bounds[:-1] > 0, normal.cdf(-bounds[:-1]) - normal.cdf(-bounds[1:]), mass)
+        mass = torch.where(bounds[:-1] > 0, cdf(-bounds[:-1]) - cdf(-bounds[1:]), mass)
         return points - (density[:-1] - density[1:]) / mass
 
     for _ in range(60):
@@ -265,9 +267,9 @@ def _find_levels(grid: str, bits: int) -> Tensor:
 
 
 def grid_error(grid: str, bits: int) -> float:
-    """Mean squared error of the grid on a unit Gaussian at the best scale: the constant t^2 of the linearity theorem."""
+    """Mean squared error of the grid on a unit Gaussian at the best scale: t^2 of the linearity theorem."""
     levels = grid_levels(grid, bits)
-    points = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(40_001, dtype=torch.float64) + 0.5) / 40_001)
+    points = torch.special.ndtri((torch.arange(40_001, dtype=torch.float64) + 0.5) / 40_001)
     scales = torch.ones(1) if grid == "gaussian" else torch.linspace(1.0, 5.0, 81)
     return min(float((points - levels[_nearest(points / s, levels)] * s).square().mean()) for s in scales.tolist())
 
@@ -348,8 +350,7 @@ def _row_errors(difference: Tensor, gram: Tensor) -> Tensor:
 
 def _refit_scales(w: Tensor, gram: Tensor, values: Tensor, scales: Tensor, group: int) -> Tensor:
     """Least-squares scales for fixed codes, rounded to half precision; rows that would not gain keep theirs."""
-    out, in_ = w.shape
-    groups = scales.shape[1]
+    in_, groups = w.shape[1], scales.shape[1]
     member = torch.zeros(in_, groups, dtype=w.dtype, device=w.device)
     member[torch.arange(in_), torch.arange(in_) // group] = 1
     parts = _grouped(values, group)
@@ -398,7 +399,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, n) integers below 2^bits -> (rows, ceil(n bits / 8)) uint8, least significant bit first."""
     rows, n = codes.shape
     flat = ((codes[..., None] >> torch.arange(bits, device=codes.device)) & 1).reshape(rows, n * bits)
-    flat = F.pad(flat, (0, -n * bits % 8)).unflatten(-1, (-1, 8))
+    width = -(-n * bits // 8)
+    flat = F.pad(flat, (0, 8 * width - n * bits)).reshape(rows, width, 8)
     return (flat << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
 
 

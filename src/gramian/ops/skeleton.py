@@ -1,7 +1,7 @@
 """Low rank in identity gauge: the same rank-r matrix stored with r (m + n - r) numbers instead of r (m + n).
 
 A rank-r matrix has r rows that span all others: ``A = P [I; T] B`` with B (r, n) those rows, T (m - r, r) the
-coefficients of the remaining rows, and P the permutation that puts rows back in place. Pivoting keeps \\|T\\| near one.
+coefficients of the remaining rows, and P the permutation that puts rows back in place. Pivoting keeps |T| near one.
 It is a storage format: products run on the factor pair or on the dense matrix (``runtime``).
 """
 
@@ -52,7 +52,7 @@ class Skeleton(Operator):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank r."""
         return self.basis.shape[0]
 
     @property

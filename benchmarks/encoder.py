@@ -1,0 +1,216 @@
+"""Quality of the compressed sentence encoder: published baselines, ours without healing, gradient-free, healed, bytes.
+
+    python benchmarks/encoder.py baselines plain free bytes        (about 10 minutes on two cores)
+    python benchmarks/encoder.py heal                              (10 minutes of healing for each of three budgets)
+
+Each part prints a table and writes benchmarks/results/encoder_<part>.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import KEEPS, Encoder, write
+from gramian.compression import Entry, Layer, Plan, dense_cost, make_plan
+from gramian.compression.knapsack import Option, solve
+from gramian.grams import Grams
+from gramian.linalg import reduced_rank
+from gramian.models.api import apply_built, build_all
+from gramian.models.heal import Healing, heal
+from gramian.ops import BlockLowRank, Operator, Quantized
+
+
+def show(name: str, keep: float, row: dict[str, Any]) -> None:
+    """One line of the table."""
+    print(
+        f"{name:<44} {keep:<5} cos {row['mean']:.4f}  p5 {row['p5']:.4f}  rel {row['relative_error']:.4f}  "
+        f"other kind {row['other_kind']:.4f}" + "".join(f"  {k} {row[k]}" for k in ("used", "seconds") if k in row),
+        flush=True,
+    )
+
+
+def baselines(encoder: Encoder, grams: Grams) -> None:
+    """What others do, from the same core: low-rank factor pairs of r (m + n) numbers, no healing."""
+    layers = encoder.layers(grams)
+    moments = {name: layer.grams.input.moment() for name, layer in layers.items()}
+    rows = []
+    variants: dict[str, dict[str, Tensor | None]] = {
+        "plain SVD, uniform rank": dict.fromkeys(layers),
+        "whitened SVD, uniform rank (SVD-LLM)": dict(moments),
+    }
+    for name, metric in variants.items():
+        for keep in KEEPS:
+            made = {}
+            for layer in layers.values():
+                out, in_ = layer.shape
+                rank = int(keep * out * in_ / (out + in_))
+                best = reduced_rank(layer.weight, metric[layer.name])
+                made[layer.name] = (pair(best, rank), layer.bias)
+            row = {"method": name, "keep": keep, **encoder.score(encoder.with_layers(made))}
+            rows.append(row)
+            show(name, keep, row)
+    spectra = {n: reduced_rank(layer.weight, moments[n]) for n, layer in layers.items()}
+    for keep in KEEPS:
+        name = "whitened SVD, one budget by relative error (naive)"
+        made = allocate(layers, spectra, keep, {n: float(spectra[n].errors[0]) for n in layers}, fix_bias=False)
+        row = {"method": name, "keep": keep, **encoder.score(encoder.with_layers(made))}
+        rows.append(row)
+        show(name, keep, row)
+    for keep in KEEPS:
+        name = "two Grams, one budget, low rank only (skeleton)"
+        plan = make_plan(layers, [], keep=keep, structures="skeleton")
+        row = {"method": name, "keep": keep, **encoder.score(built(encoder, plan, layers)), "used": plan.used}
+        rows.append(row)
+        show(name, keep, row)
+    write("encoder_baselines", rows)
+
+
+def pair(best: Any, rank: int) -> Operator:
+    """A factor pair in float32."""
+    return BlockLowRank.low_rank(best.left[:, :rank].float(), best.right[:rank].float())
+
+
+def allocate(
+    layers: dict[str, Layer], spectra: dict[str, Any], keep: float, totals: dict[str, float], *, fix_bias: bool
+) -> dict[str, tuple[Operator, Tensor | None]]:
+    """One budget over all layers by each layer's error divided by `totals`, dense allowed."""
+    groups, ranks = [], []
+    for name, layer in layers.items():
+        out, in_ = layer.shape
+        sizes = [r for r in range(1, min(out, in_)) if r * (out + in_) < out * in_]
+        options = [Option(r * (out + in_), float(spectra[name].errors[r]) / totals[name]) for r in sizes]
+        groups.append([[[*options, Option(out * in_, 0.0)]]])
+        ranks.append(sizes)
+    total = sum(layer.weight.numel() for layer in layers.values())
+    solution = solve(groups, int(keep * total))
+    made: dict[str, tuple[Operator, Tensor | None]] = {}
+    for (name, layer), choice, sizes in zip(layers.items(), solution.choices, ranks, strict=True):
+        if choice.options[0] < len(sizes):
+            op = pair(spectra[name], sizes[choice.options[0]])
+            made[name] = (op, layer.corrected_bias(op.dense()) if fix_bias else layer.bias)
+    return made
+
+
+def built(encoder: Encoder, plan: Plan, layers: dict[str, Layer]) -> torch.nn.Module:
+    """The model that a plan describes."""
+    small = encoder.loaded.copy()
+    for _, entry, made in build_all(plan, layers):
+        if entry.structure != "dense":
+            apply_built(small, made)
+    return small
+
+
+def ours(encoder: Encoder, grams: Grams, part: str, cost: str = "params", keeps: tuple[float, ...] = KEEPS) -> None:
+    """The planner over everything that `auto` lets compete."""
+    layers = encoder.layers(grams)
+    rows = []
+    for keep in keeps:
+        start = time.perf_counter()
+        plan = make_plan(layers, grams.joints, keep=keep, cost=cost)
+        small = built(encoder, plan, layers)
+        seconds = round(time.perf_counter() - start, 1)
+        chosen = Counter(
+            entry.structure + (f" {entry.size['bits']} bits" if "bits" in entry.size else "") for entry in plan.entries
+        )
+        total = sum(dense_cost(layer).of(cost) for layer in layers.values())
+        row = {
+            "method": f"gramian, {part}",
+            "cost": cost,
+            "keep": keep,
+            **encoder.score(small),
+            "used": round(plan.used / total, 5),
+            "predicted": plan.predicted,
+            "seconds": seconds,
+            "chosen": dict(chosen),
+        }
+        rows.append(row)
+        show(row["method"], keep, row)
+        print(" " * 8, dict(chosen), flush=True)
+    if cost == "bytes":
+        rows += rounding(encoder, layers)
+    write(f"encoder_{part}", rows)
+
+
+def rounding(encoder: Encoder, layers: dict[str, Layer]) -> list[dict[str, Any]]:
+    """Uniform rounding to 8, 4 and 3 bits, to nearest after rotation and with error feedback, at its own byte count; and
+    the planner at exactly those bytes.
+    """
+    rows = []
+    total = sum(dense_cost(layer).bytes for layer in layers.values())
+    for bits in (8, 4, 3):
+        nearest = {n: (Quantized.fit(layer.weight, bits=bits), layer.bias) for n, layer in layers.items()}
+        keep = sum(op.nbytes for op, _ in nearest.values()) / total
+        plan = Plan("bytes", keep, 0, [Entry([n], "quantized", {"bits": bits}, 0, 0.0) for n in layers])
+        best = make_plan(layers, [], keep=keep, cost="bytes")
+        for name, small in (
+            (f"uniform rounding to {bits} bits, rotated, to nearest", encoder.with_layers(nearest)),
+            (f"uniform rounding to {bits} bits, with feedback", built(encoder, plan, layers)),
+            (f"gramian at the bytes of {bits} bits", built(encoder, best, layers)),
+        ):
+            row = {"method": name, "cost": "bytes", "keep": round(keep, 5), **encoder.score(small)}
+            rows.append(row)
+            show(name, round(keep, 4), row)
+    return rows
+
+
+def healed(encoder: Encoder, grams: Grams, minutes: float = 9.5) -> None:
+    """The plan of `plain`, healed for at most ten minutes of wall time."""
+    layers = encoder.layers(grams)
+    rows = []
+    for keep in KEEPS:
+        plan = make_plan(layers, grams.joints, keep=keep)
+        small = built(encoder, plan, layers)
+        changed = [name for entry in plan.entries if entry.structure != "dense" for name in entry.layers]
+        trial = copy.deepcopy(small)
+        start = time.perf_counter()
+        heal(trial, encoder.model, changed, encoder.calibration, Healing(steps=15))
+        steps = int(minutes * 60 / (time.perf_counter() - start) * 15)
+        start = time.perf_counter()
+        heal(small, encoder.model, changed, encoder.calibration, Healing(steps=steps))
+        seconds = round(time.perf_counter() - start, 1)
+        row = {
+            "method": "gramian, healed",
+            "keep": keep,
+            **encoder.score(small),
+            "steps": steps,
+            "seconds": seconds,
+        }
+        rows.append(row)
+        show(row["method"], keep, row)
+        write("encoder_heal", rows)
+
+
+def main(parts: list[str]) -> None:
+    """Run the named parts."""
+    encoder = Encoder()
+    start = time.perf_counter()
+    grams = encoder.collect()
+    print(f"collect with gradients: {time.perf_counter() - start:.1f} s")
+    if "baselines" in parts:
+        baselines(encoder, grams)
+    if "plain" in parts:
+        ours(encoder, grams, "plain")
+    if "bytes" in parts:
+        ours(encoder, grams, "bytes", cost="bytes", keeps=(0.26, 0.14, 0.1))
+    if "flops" in parts:
+        ours(encoder, grams, "flops", cost="flops")
+    if "free" in parts:
+        start = time.perf_counter()
+        free = encoder.collect("none")
+        print(f"collect without gradients: {time.perf_counter() - start:.1f} s")
+        ours(encoder, free, "free")
+    if "heal" in parts:
+        healed(encoder, grams)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["baselines", "plain", "free", "bytes"])
