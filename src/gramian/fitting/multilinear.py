@@ -22,8 +22,8 @@ def polish(
     """Lower ``tr(H (W - A) G (W - A)^T)`` from the start `op`, never above it.
 
     Every structure here is linear (a sum: affine) in each of its factors, so with the others fixed each factor is a
-    linear least-squares problem. It is solved by conjugate gradients on the normal equations, with products by automatic differentiation of
-    ``dense()``; each step minimises exactly along its direction, so the objective cannot rise.
+    linear least-squares problem. It is solved by conjugate gradients on the normal equations, with products by automatic
+    differentiation of ``dense()``; each step minimises exactly along its direction, so the objective cannot rise.
 
     Args:
         op: the start.

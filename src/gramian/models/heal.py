@@ -65,8 +65,8 @@ def heal(
         every: see `checkpoint`.
         progress: called with (step, loss).
 
-    The result is never worse than the start: if the loss over the calibration data (some of its batches) did not fall, the
-    start is put back.
+    The result is never worse than the start: if the features over the calibration data (some of its batches) came no
+    closer, the start is put back.
 
     Returns:
         (step, loss) of every step taken here.
@@ -99,7 +99,7 @@ def heal(
     training = student.training
     student.eval()
     teacher.eval()
-    before = _validate(student, teacher, workload, settings) if resume is None else float(resume["before"])
+    before = _validate(student, teacher, workload) if resume is None else float(resume["before"])
     if resume is None:
         start = {key: p.detach().clone() for key, p in trained.items()}
     else:
@@ -127,7 +127,7 @@ def heal(
                 state["before"] = torch.tensor(before, dtype=torch.float64)
                 state.update({f"start|{key}": value for key, value in start.items()})
                 checkpoint(state)
-        if not _validate(student, teacher, workload, settings) < before:
+        if not _validate(student, teacher, workload) < before:
             with torch.no_grad():
                 for key, p in trained.items():
                     p.copy_(start[key])
@@ -147,11 +147,11 @@ def heal(
 
 
 @torch.no_grad()
-def _validate(student: nn.Module, teacher: nn.Module, workload: Workload, settings: Healing) -> float:
-    """Mean loss over at most four of the calibration batches, as they are."""
+def _validate(student: nn.Module, teacher: nn.Module, workload: Workload) -> float:
+    """Mean loss of the features over at most four of the calibration batches, as they are."""
     batches = workload.batches[:: max(1, len(workload.batches) // 4)][:4]
     losses = [
-        float(_loss(workload.outputs(student, batch), workload.outputs(teacher, batch), settings.states))
+        float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0))
         for batch in batches
     ]
     return sum(losses) / len(losses)
