@@ -8,7 +8,6 @@ Each part prints a table and writes benchmarks/results/encoder_<part>.json.
 
 from __future__ import annotations
 
-import copy
 import resource
 import sys
 import time
@@ -161,18 +160,14 @@ def rounding(encoder: Encoder, layers: dict[str, Layer]) -> list[dict[str, Any]]
     return rows
 
 
-def healed(encoder: Encoder, grams: Grams, minutes: float = 9.5) -> None:
-    """The plan of `plain`, healed for at most ten minutes of wall time."""
+def healed(encoder: Encoder, grams: Grams, steps: int = 400) -> None:
+    """The plan of `plain`, healed."""
     layers = encoder.layers(grams)
     rows = []
     for keep in KEEPS:
         plan = make_plan(layers, grams.joints, keep=keep)
         small = built(encoder, plan, layers)
         changed = [name for entry in plan.entries if entry.structure != "dense" for name in entry.layers]
-        trial = copy.deepcopy(small)
-        start = time.perf_counter()
-        heal(trial, encoder.model, changed, encoder.calibration, Healing(steps=15))
-        steps = int(minutes * 60 / (time.perf_counter() - start) * 15)
         start = time.perf_counter()
         heal(small, encoder.model, changed, encoder.calibration, Healing(steps=steps))
         seconds = round(time.perf_counter() - start, 1)
@@ -182,6 +177,7 @@ def healed(encoder: Encoder, grams: Grams, minutes: float = 9.5) -> None:
             **encoder.score(small),
             "steps": steps,
             "seconds": seconds,
+            "threads": torch.get_num_threads(),
         }
         rows.append(row)
         show(row["method"], keep, row)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import random
 
 import torch
-from common import Encoder, write
 
+from common import Encoder, write
 from gramian.compression import Entry, Layer, Plan, build_entry
 from gramian.models.api import apply_built
 from gramian.models.workload import all_features, spearman

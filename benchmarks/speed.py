@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import Encoder, write
 
+from common import Encoder, write
 from gramian.linalg import reduced_rank
 from gramian.models.job import Job, Settings
 
@@ -49,8 +49,9 @@ def factorisations(encoder: Encoder) -> dict[str, float]:
 @torch.inference_mode()
 def loaded(encoder: Encoder) -> list[dict[str, float]]:
     """Original against compressed at keep 0.5, loaded from disk, on random tokens; interleaved, medians."""
-    import gramian  # noqa: F401
     from transformers import AutoModel
+
+    import gramian  # noqa: F401
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -97,4 +98,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-

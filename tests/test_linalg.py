@@ -251,7 +251,7 @@ def _nystrom_error(gram_: np.ndarray, weight: np.ndarray, kept: list[int]) -> fl
 def test_pivoted_nystrom_is_greedy_on_the_true_objective(block: int) -> None:
     g, a = gram(tokens(200, 14)), normal(6, 14, seed=3)
     weight = a.mT @ a
-    order, errors = pivoted_nystrom(g, weight, block=block)
+    order, errors = pivoted_nystrom(g, a, block=block)
     assert sorted(order.tolist()) == list(range(14))
     assert errors.shape == (15,)
     total = _nystrom_error(g.numpy(), weight.numpy(), [])

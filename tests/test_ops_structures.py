@@ -539,19 +539,24 @@ def test_each_pass_of_coordinate_descent_lowers_the_error() -> None:
 
 
 def test_rounding_is_near_the_exhaustive_optimum() -> None:
-    """Against all 4^5 codings of a row at the scale found: never better than the best, seldom far from it."""
+    """Against all 4^5 codings of a row at the scale found: never better than the best, mostly equal to it, and in total
+    much nearer to it than rounding to nearest.
+    """
     codings = torch.tensor(list(itertools.product(range(4), repeat=5)))
     levels = grid_levels("uniform", 2)
-    ratios = []
+    size: dict[str, Any] = {"bits": 2, "group": 5, "grid": "uniform", "rotate": False}
+    found, best, nearest = [], [], []
     for seed in range(40):
         weight, g = normal(1, 5, seed=seed), gram(5, seed=seed)
-        found = Quantized.fit(weight, gram_in=g, bits=2, group=5, grid="uniform", rotate=False, passes=10)
-        difference = weight - levels[codings] * float(found.scales)
-        best = float(((difference @ g) * difference).sum(1).min())
-        ratios.append(error(weight, found, g) / best)
-    assert min(ratios) > 1 - 1e-5
-    assert float(np.median(ratios)) < 1.02
-    assert float(np.mean(ratios)) < 1.25
+        op = Quantized.fit(weight, gram_in=g, passes=10, **size)
+        difference = weight - levels[codings] * float(op.scales)
+        best.append(float(((difference @ g) * difference).sum(1).min()))
+        found.append(error(weight, op, g))
+        nearest.append(error(weight, Quantized.fit(weight, gram_in=g, feedback=False, **size), g))
+    ratios = np.array(found) / np.array(best)
+    assert ratios.min() > 1 - 1e-5
+    assert np.mean(ratios < 1.001) > 0.6
+    assert sum(found) < 1.4 * sum(best) < 0.7 * sum(nearest)
 
 
 def test_a_zero_row_and_a_dead_channel_stay_small() -> None:

@@ -49,6 +49,7 @@ def cli() -> None:
 @click.option("--rate", type=float, default=1e-3, show_default=True, help="Peak learning rate of healing.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name (shell style; repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave layers of this name alone (repeatable).")
+@click.option("--embeddings", is_flag=True, help="Embeddings of words take part too (often half of a small model).")
 @click.option("--plan", type=click.Path(), help="Carry out this plan.json, perhaps edited by hand.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(), required=True, help="Directory for the result; must not exist or be empty.")

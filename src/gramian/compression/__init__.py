@@ -2,7 +2,7 @@
 
 from gramian.compression.knapsack import solve, solve_lagrangian
 from gramian.compression.layer import Layer
-from gramian.compression.options import JOINT, Built, Candidate, Cost, dense_cost
+from gramian.compression.options import JOINT, Built, Candidate, Cost, dense_cost, op_cost
 from gramian.compression.plan import Entry, Plan, build_entry, count, make_plan, resolve_structures
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "count",
     "dense_cost",
     "make_plan",
+    "op_cost",
     "resolve_structures",
     "solve",
     "solve_lagrangian",

@@ -14,7 +14,7 @@ import numpy as np
 
 from gramian.errors import GramianError
 
-CELLS = 1 << 16
+CELLS = 1 << 15
 """Most cells of the dynamic programme's table; budgets that fit in so many units are solved exactly."""
 LARGE = 2000
 """Above so many items the Lagrangian takes over."""

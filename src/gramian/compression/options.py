@@ -16,8 +16,9 @@ from torch import Tensor
 from gramian.compression.layer import Layer
 from gramian.errors import GramianError
 from gramian.fitting import fit
-from gramian.linalg import interpolation, pivoted_nystrom, psd_solve, reduced_rank
-from gramian.ops import Dense, Operator, Product, Quantized, Selection, Skeleton, structures
+from gramian.linalg import interpolation, psd_solve, reduced_rank
+from gramian.nn.structured_embedding import lookup_flops
+from gramian.ops import BlockLowRank, Dense, Operator, Product, Quantized, Selection, Skeleton, structures
 from gramian.ops.operator import Size
 from gramian.ops.quantized import grid_error
 
@@ -71,13 +72,14 @@ class Built:
 
 
 def dense_cost(layer: Layer) -> Cost:
-    """What the layer costs as it is."""
+    """What the layer costs as it is; a look-up takes no arithmetic."""
     n = layer.weight.numel()
-    return Cost(n, n * layer.weight.element_size(), 2 * n)
+    return Cost(n, n * layer.weight.element_size(), 0 if layer.embedding else 2 * n)
 
 
-def _cost(op: Operator) -> Cost:
-    return Cost(op.numel, op.nbytes, op.flops())
+def op_cost(op: Operator, layer: Layer) -> Cost:
+    """What `op` costs in the place of `layer`."""
+    return Cost(op.numel, op.nbytes, lookup_flops(op) if layer.embedding else op.flops())
 
 
 # One layer ---------------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def single_curve(layer: Layer, kind: str, cost: str) -> list[Candidate]:
                 continue
             seen.add(repr(size))
             made = fit(layer.weight, kind, gram_in=layer.gram_in, gram_out=layer.gram_out, sweeps=1, **size)
-            out.append(Candidate(kind, size, _cost(made.op), layer.unit * made.error))
+            out.append(Candidate(kind, size, op_cost(made.op, layer), layer.unit * made.error))
     return out
 
 
@@ -124,7 +126,7 @@ def rounding_energy(layer: Layer) -> float:
 
     rows = layer.weight.double().square().mean(1)
     h = layer.gram_out
-    weighted = float((rows if h is None else rows * h.diagonal()).sum())
+    weighted = float((rows if h is None else rows * (h if h.dim() == 1 else h.diagonal())).sum())
     g = layer.gram_in
     if g is None:
         return weighted * layer.shape[1]
@@ -152,6 +154,8 @@ def build_single(layer: Layer, kind: str, size: Mapping[str, Any]) -> Built:
     """Make one structure for one layer, and move the error's mean into the bias."""
     if kind == "dense":
         return Built({layer.name: (Dense(layer.weight.clone()), layer.bias)}, {layer.name: 0.0})
+    if layer.embedding:
+        return _build_embedding(layer, kind, size)
     if kind == "skeleton":
         best, rank = layer.spectrum, int(size["rank"])
         if not 1 <= rank <= min(layer.shape):
@@ -164,6 +168,77 @@ def build_single(layer: Layer, kind: str, size: Mapping[str, Any]) -> Built:
             raise GramianError(f"layer {layer.name}: {error}") from None
     dense = op.dense()
     return Built({layer.name: (op, layer.corrected_bias(dense))}, {layer.name: layer.error(dense)})
+
+
+# Embeddings --------------------------------------------------------------------------------------------------------
+
+ROWS_AT_ONCE = 4096
+"""Rows of an embedding that are rounded together: rounding takes a dozen times their memory in float64."""
+
+
+def embedding_sizes(layer: Layer, methods: Sequence[str], cost: str) -> list[tuple[str, Size, Cost]]:
+    """What an embedding may become, dense first, with costs.
+
+    A factor pair stands for both low-rank structures (the identity gauge saves r^2 of r (rows + width) numbers: nothing
+    for a table of many rows). A look-up takes no arithmetic, so a budget of FLOPs leaves the table as it is.
+    """
+    rows, width = layer.shape
+    out: list[tuple[str, Size, Cost]] = [("dense", {}, dense_cost(layer))]
+    if cost == "flops":
+        return out
+    if "skeleton" in methods or "block_low_rank" in methods:
+        for rank in range(max(1, width // 48), width, max(1, width // 48)):
+            n = rank * (rows + width)
+            if n < rows * width:
+                lookup = Cost(n, n * layer.weight.element_size(), 2 * rank * width)
+                out.append(("block_low_rank", {"rank": rank, "blocks": [1, 1]}, lookup))
+    if "quantized" in methods and cost == "bytes":
+        spread = Quantized.fit(layer.weight[:1], bits=8)  # one row shows the rotation's cost
+        for bits in range(8, 1, -1):
+            stored = Cost(rows * width, Quantized.bytes_for(layer.shape, bits), lookup_flops(spread))
+            out.append(("quantized", {"bits": bits}, stored))
+    return out
+
+
+def embedding_curve(layer: Layer, methods: Sequence[str], cost: str) -> list[Candidate]:
+    """Candidates for an embedding, dense among them."""
+    sizes = embedding_sizes(layer, methods, cost)
+    kinds = {kind for kind, _, _ in sizes}
+    energy = rounding_energy(layer) * layer.unit if "quantized" in kinds else 0.0
+    errors = layer.spectrum.errors * layer.unit if "block_low_rank" in kinds else None
+    out = []
+    for kind, size, price in sizes:
+        error = 0.0
+        if kind == "quantized":
+            error = energy * grid_error("gaussian", size["bits"])
+        elif kind == "block_low_rank" and errors is not None:
+            error = float(errors[size["rank"]])
+        out.append(Candidate(kind, size, price, error))
+    return out
+
+
+def _build_embedding(layer: Layer, kind: str, size: Mapping[str, Any]) -> Built:
+    weight = layer.weight
+    if kind == "block_low_rank" and tuple(size.get("blocks", (1, 1))) == (1, 1):
+        rank = int(size["rank"])
+        if not 1 <= rank <= min(layer.shape):
+            raise GramianError(f"layer {layer.name}: rank {rank}; expected 1 to {min(layer.shape)}")
+        best = layer.spectrum
+        pair = BlockLowRank.low_rank(best.left[:, :rank], best.right[:rank])
+        # The right factor of the optimum carries an inverse root of the gradients' Gram: balanced, both factors are of the
+        # size of the table's entries, whatever the unit of the gradients.
+        op: Operator = pair.balanced.to(dtype=weight.dtype)
+    elif kind == "quantized":
+        parts = [
+            Quantized.fit(weight[i : i + ROWS_AT_ONCE], gram_in=layer.gram_in, bits=int(size["bits"]))
+            for i in range(0, len(weight), ROWS_AT_ONCE)
+        ]
+        op = parts[0].replace(
+            codes=torch.cat([part.codes for part in parts]), scales=torch.cat([part.scales for part in parts])
+        )
+    else:
+        raise GramianError(f"layer {layer.name}: an embedding cannot be {kind}; expected block_low_rank or quantized")
+    return Built({layer.name: (op, None)}, {layer.name: layer.error(op.dense())})
 
 
 # Several layers ----------------------------------------------------------------------------------------------------
@@ -186,20 +261,10 @@ class Neurons:
     ups: list[Layer]
     down: Layer
     step: int = 16
-    _order: tuple[Tensor, Tensor] | None = None
-
-    def _pivots(self) -> tuple[Tensor, Tensor]:
-        if self._order is None:
-            g = self.down.gram_in
-            assert g is not None
-            w = self.down.weight.double()
-            h = self.down.gram_out
-            self._order = pivoted_nystrom(g, w.mT @ (w if h is None else h @ w))
-        return self._order
 
     def curve(self, cost: str) -> list[Candidate]:
         """Widths in steps; for a byte budget also widths whose layers are rounded."""
-        _, errors = self._pivots()
+        _, errors = self.down.pivots
         layers = [*self.ups, self.down]
         width = self.down.shape[1]
         item = self.down.weight.element_size()
@@ -221,7 +286,7 @@ class Neurons:
 
     def build(self, size: Mapping[str, Any]) -> Built:
         """The narrower layers."""
-        order, _ = self._pivots()
+        order, _ = self.down.pivots
         width = int(size["width"])
         if not 1 <= width <= self.down.shape[1]:
             raise GramianError(f"layer {self.down.name}: width {width}; expected 1 to {self.down.shape[1]}")
@@ -426,4 +491,16 @@ JOINT: dict[str, Callable[..., Any]] = {
 }
 """Joint methods by kind: (layers, heads) -> an object with ``curve`` and ``build``."""
 
-__all__ = ["COSTS", "JOINT", "Built", "Candidate", "Cost", "build_single", "dense_cost", "single_curve"]
+__all__ = [
+    "COSTS",
+    "JOINT",
+    "Built",
+    "Candidate",
+    "Cost",
+    "build_single",
+    "dense_cost",
+    "embedding_curve",
+    "embedding_sizes",
+    "op_cost",
+    "single_curve",
+]

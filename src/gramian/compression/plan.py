@@ -11,7 +11,17 @@ from typing import Any
 
 from gramian.compression.knapsack import Option, Solution, solve
 from gramian.compression.layer import Layer
-from gramian.compression.options import COSTS, JOINT, Built, Candidate, Cost, build_single, dense_cost, single_curve
+from gramian.compression.options import (
+    COSTS,
+    JOINT,
+    Built,
+    Candidate,
+    Cost,
+    build_single,
+    dense_cost,
+    embedding_curve,
+    single_curve,
+)
 from gramian.errors import GramianError, nearest
 from gramian.grams import Joint
 from gramian.ops import structures as registered
@@ -195,7 +205,7 @@ def make_plan(
     check_keep(keep)
     methods = resolve_structures(structures, cost)
     if uniform is None:
-        uniform = any(layer.gram_out is None for layer in layers.values())
+        uniform = not all(layer.comparable for layer in layers.values())
     groups = _groups(layers, joints, methods)
     total = sum(dense_cost(layer).of(cost) for layer in layers.values())
     budget = int(keep * total)
@@ -268,6 +278,8 @@ def curve(
         candidates: list[Candidate] = JOINT[kind]([layers[name] for name in names], heads).curve(cost)
         return candidates
     layer = layers[names[0]]
+    if layer.embedding:
+        return embedding_curve(layer, methods, cost)
     out = [Candidate("dense", {}, dense_cost(layer), 0.0)]
     for method in methods:
         if method not in JOINT:

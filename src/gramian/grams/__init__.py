@@ -1,6 +1,6 @@
 """Second moments: streaming, mergeable, exact."""
 
-from gramian.grams.collect import Grams, Joint, LayerGrams, collect_layers
+from gramian.grams.collect import EmbeddingGrams, Grams, Joint, LayerGrams, collect_layers
 from gramian.grams.gram import Gram
 
-__all__ = ["Gram", "Grams", "Joint", "LayerGrams", "collect_layers"]
+__all__ = ["EmbeddingGrams", "Gram", "Grams", "Joint", "LayerGrams", "collect_layers"]

@@ -17,6 +17,8 @@ OUTPUT_DAMPING = 1e-2
 """Shrinkage of the output-gradient Gram: a few hundred sequences do not show every output direction."""
 INPUT_DAMPING = 1e-3
 """Shrinkage of the input Gram."""
+UNSEEN = 0.1
+"""Occurrences that every row of an embedding is granted on top of those counted."""
 ROUNDING = 1e-7
 """Of float32 products, relative to the trace of the second moment."""
 
@@ -67,6 +69,36 @@ class LayerGrams:
         energy = float(torch.trace(self.input.covariance()))
         left = self.gradient / max(self.sequences, 1) / max(energy, 1e-300)
         return shrink((left + left.mT) / 2, damping)
+
+
+@dataclass
+class EmbeddingGrams(LayerGrams):
+    """What was seen of an embedding (rows, width): a linear layer on one-hot inputs.
+
+    Attributes:
+        input: Gram of the one-hot inputs, which is diagonal: how often each row was looked up.
+        gradient: sum over real tokens of ``g g^T`` (width, width), g the gradient of the objective with respect to the
+            embedding's output; None without a backward pass.
+    """
+
+    def frequencies(self, unseen: float = UNSEEN) -> Tensor:
+        """(rows,) expected look-ups of each row in a sequence.
+
+        Counts of a sample understate words that it did not happen to show: with none at all a row's error would be free,
+        and use would pay for it. Each row is granted `unseen` occurrences more (Lidstone's rule), at the same total.
+        """
+        counts = self.input.second + unseen
+        return counts * (self.input.count / float(counts.sum()) / max(self.sequences, 1))
+
+    def gram_gradient(self, damping: float = OUTPUT_DAMPING) -> Tensor | None:
+        """G_g = E[g g^T] (width, width) over tokens, such that ``1/2 sum_v frequency_v D_v G_g D_v^T`` predicts the rise of
+        the objective when row v changes by D_v; what two tokens of a sequence share is left out. None without a backward
+        pass.
+        """
+        if self.gradient is None:
+            return None
+        moment = self.gradient / max(self.input.count, 1.0)
+        return shrink((moment + moment.mT) / 2, damping)
 
 
 @dataclass(frozen=True)
@@ -125,16 +157,14 @@ class Grams:
                 merged.add(id(mine.input))
             if (mine.gradient is None) != (theirs.gradient is None):
                 raise GramianError(f"Grams.merge: {name} has gradients in one shard only")
+            mine.sequences += theirs.sequences
             if mine.gradient is not None and theirs.gradient is not None:
-                assert mine.centre is not None
-                assert theirs.centre is not None
-                if not torch.equal(mine.centre, theirs.centre):
+                if mine.centre is not None and (theirs.centre is None or not torch.equal(mine.centre, theirs.centre)):
                     raise GramianError(
                         f"Grams.merge: {name} was centred differently in the two shards; pass one shard's "
                         "centres() to the other's collect"
                     )
                 mine.gradient += theirs.gradient
-                mine.sequences += theirs.sequences
         return self
 
     def centres(self) -> dict[str, Tensor]:
@@ -147,8 +177,9 @@ class Grams:
         for name, layer in self.layers.items():
             if layer.site == name:
                 out.update({f"{name}|input.{key}": value for key, value in layer.input.state().items()})
-            if layer.gradient is not None and layer.centre is not None:
+            if layer.gradient is not None:
                 out[f"{name}|gradient"] = layer.gradient
+            if layer.centre is not None:
                 out[f"{name}|centre"] = layer.centre
         return out
 
@@ -169,7 +200,8 @@ class Grams:
             if site not in inputs:
                 parts = {key: state[f"{site}|input.{key}"] for key in ("second", "first", "count")}
                 inputs[site] = Gram.from_state(parts)
-            layers[name] = LayerGrams(
+            kind = EmbeddingGrams if inputs[site].kind == "diagonal" else LayerGrams
+            layers[name] = kind(
                 inputs[site], state.get(f"{name}|gradient"), entry["sequences"], state.get(f"{name}|centre"), site
             )
         return cls(layers, [Joint(j["kind"], tuple(j["layers"]), j["heads"]) for j in description["joints"]])
@@ -199,7 +231,7 @@ def collect_layers(
 
     Args:
         model: put in eval mode for the pass; its training flag is restored.
-        layers: linear layers of `model` by name.
+        layers: linear layers and embeddings of `model` by name.
         batches: whatever `run` understands.
         run: forward pass, used when there is no objective.
         objective: see ``Objective``; None collects inputs only, without a backward pass.
@@ -214,9 +246,12 @@ def collect_layers(
     grams = Grams()
     generator = torch.Generator().manual_seed(seed)
     state = _Pass(layers, grams, objective is not None, dict(centres or {}))
-    handles = [module.register_forward_pre_hook(state.before(name)) for name, module in layers.items()]
+    tables = {name: module for name, module in layers.items() if isinstance(module, nn.Embedding)}
+    linears = {name: module for name, module in layers.items() if name not in tables}
+    handles = [module.register_forward_pre_hook(state.before(name)) for name, module in linears.items()]
+    handles += [module.register_forward_hook(state.looked_up(name)) for name, module in tables.items()]
     if objective is not None:
-        handles += [module.register_forward_hook(state.after(name)) for name, module in layers.items()]
+        handles += [module.register_forward_hook(state.after(name)) for name, module in linears.items()]
     training = model.training
     model.eval()
     seen = 0
@@ -270,6 +305,7 @@ class _Pass:
         self.mask: Tensor | None = None
         self.previous: tuple[Tensor, str] | None = None
         self.inputs: dict[str, Tensor] = {}
+        self.tables: set[str] = set()
         self.sequences = 0
 
     def before(self, name: str) -> Callable[..., Any]:
@@ -308,6 +344,40 @@ class _Pass:
 
         return hook
 
+    def looked_up(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            ids = args[0]
+            mask = self.mask if self.mask is not None and self.mask.numel() == ids.numel() else None
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.reshape(ids.shape).bool()
+            if module.padding_idx is not None:  # padding also where there is no mask
+                real = real & (ids != module.padding_idx)
+            layer = self.grams.layers.get(name)
+            if layer is None:
+                counter = Gram(module.num_embeddings, "diagonal", ids.device)
+                layer = self.grams.layers[name] = EmbeddingGrams(counter, site=name)
+            counts = torch.bincount(ids[real], minlength=module.num_embeddings).double()
+            layer.input.add(counts, counts, float(counts.sum()))
+            if name not in self.tables:  # a table used twice in a pass still saw each sequence once
+                self.tables.add(name)
+                layer.sequences += len(ids if mask is None else mask)
+            if not self.backward:
+                return None
+            # The model may change what it is given in place, which the leaf of the graph does not allow.
+            leaf = output.detach().requires_grad_()
+            leaf.register_hook(lambda gradient: self._row_gradient(name, real, gradient))  # type: ignore[no-untyped-call]
+            return leaf.clone()
+
+        return hook
+
+    def _row_gradient(self, name: str, real: Tensor, gradient: Tensor) -> None:
+        layer = self.grams.layers[name]
+        if not bool(gradient.isfinite().all()):
+            raise GramianError(f"layer {name}: NaN or Inf in the gradient of its output; try a wider dtype")
+        g = gradient[real].float()
+        if layer.gradient is None:
+            layer.gradient = torch.zeros(g.shape[-1], g.shape[-1], dtype=torch.float64, device=g.device)
+        layer.gradient += g.mT @ g
+
     def _tokens(self, x: Tensor) -> Tensor:
         """(n, d): the real tokens of x (..., d)."""
         mask = self.mask
@@ -338,6 +408,7 @@ class _Pass:
     def finish_batch(self) -> None:
         self.previous = None
         self.inputs.clear()
+        self.tables.clear()
         counts = [layer.sequences for layer in self.grams.layers.values()]
         self.sequences = max(counts, default=0) if self.backward else self.sequences + 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gramian.linalg.spectral import psd_root
+from gramian.linalg.spectral import psd_solve
 
 
 def pivoted_rows(matrix: Tensor, count: int) -> Tensor:
@@ -33,20 +33,22 @@ def pivoted_rows(matrix: Tensor, count: int) -> Tensor:
     return chosen.nonzero().squeeze(1)
 
 
-def pivoted_nystrom(gram: Tensor, weight: Tensor, *, block: int = 64, jitter: float = 1e-7) -> tuple[Tensor, Tensor]:
-    """Order coordinates so that keeping the first k of them loses least of a quadratic objective.
+def pivoted_nystrom(
+    gram: Tensor, reader: Tensor, *, block: int = 64, jitter: float = 1e-7
+) -> tuple[Tensor, Tensor]:
+    """Order coordinates so that keeping the first k of them loses least of what a linear reader makes of them.
 
-    Keeping the set J and predicting the rest linearly from it leaves the error ``tr(weight S_J)`` with S_J the Schur
-    complement of gram over J. Each pivot is the coordinate whose elimination lowers that error most. With
-    ``weight = I`` this is greedy column subset selection of ``gram^{1/2}``; with ``weight = A^T H A`` the error is
-    measured after the next linear map A under the output Gram H.
+    Keeping the set J and predicting the rest linearly from it leaves the error ``tr(Y S_J Y^T)``, Y the reader and S_J the
+    Schur complement of gram over J. Each pivot is the coordinate that lowers that error most:
+    ``||Y S e_j||^2 / S_jj``. With ``Y = I`` this is greedy column subset selection of ``gram^{1/2}``; with
+    ``Y = H^{1/2} W`` the error is measured after the next linear map W, under its output Gram H.
 
-    The rank-one updates of the residual and of its product with `weight` are delayed and applied `block` at a time,
-    so that nearly all work is matrix products; this changes no result.
+    Rank-one updates of the residual S and of Y S are delayed and applied `block` at a time, so that a pivot costs one
+    product with the (m, n) matrix Y S; this changes no result. Works in float32.
 
     Args:
         gram: (n, n) positive semi-definite second moment of the coordinates.
-        weight: (n, n) positive semi-definite.
+        reader: (m, n).
         block: pivots per blocked update.
         jitter: added to the diagonal, relative to its mean, so that exhausted directions stay finite.
 
@@ -54,52 +56,41 @@ def pivoted_nystrom(gram: Tensor, weight: Tensor, *, block: int = 64, jitter: fl
         order (n,) int64 and error (n + 1,) float64: ``error[k]`` is what is lost when the first k are kept.
     """
     n = gram.shape[0]
-    gram = gram.to(torch.float64)
-    start = float((weight.to(torch.float64) * gram).sum())
+    gram, reader = gram.to(torch.float64), reader.to(torch.float64)
+    start = float(((reader @ gram) * reader).sum())
     residual = (gram + jitter * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)).float()
-    weight = weight.float()
-    product = residual @ weight  # residual @ weight, kept in step with residual
+    read = reader.float() @ residual  # Y S (m, n), kept in step with the residual
     alive = torch.ones(n, dtype=torch.bool)
-    diagonal = residual.diagonal().clone()
-    cross = (product * residual).sum(1)  # (S A S)_jj
-    floor = (diagonal.mean() * jitter * 1e-3).clamp_min(torch.finfo(torch.float32).tiny)
+    floor = (residual.diagonal().mean() * jitter * 1e-3).clamp_min(torch.finfo(torch.float32).tiny)
     order: list[int] = []
     gains: list[float] = []
-    done = 0
-    while done < n:
+    for done in range(0, n, block):
         size = min(block, n - done)
-        u = torch.zeros(n, size)  # scaled pivot columns of the residual
-        ua = torch.zeros(n, size)  # weight @ u
-        for step in range(size):
-            score = (cross / diagonal.clamp_min(floor)).masked_fill(~alive, -1.0)
-            j = int(score.argmax())
-            column = residual[:, j] - u[:, :step] @ u[j, :step]
-            pivot = column[j].clamp_min(floor)
-            column = column / pivot.sqrt()
-            # weight @ column: one matrix-vector product per pivot.
-            image = product[j] - ua[:, :step] @ u[j, :step]
-            image = image / pivot.sqrt()
-            energy = torch.dot(column, image)  # u^T A u: the drop of the objective
-            gains.append(float(energy))
-            order.append(j)
-            alive[j] = False
-            # diag(S') = diag(S) - u^2;  diag(S' A S') = diag(SAS) - 2 u * (S A u) + u^2 * (u^T A u)
-            sau = residual @ image - u[:, :step] @ (u[:, :step].T @ image)
-            cross = cross - 2 * column * sau + column.square() * energy
-            diagonal = diagonal - column.square()
-            u[:, step] = column
-            ua[:, step] = image
-        residual -= u @ u.T
-        product -= u @ ua.T
-        residual = (residual + residual.T) / 2
         diagonal = residual.diagonal().clone()
-        cross = (product * residual).sum(1)
-        done += size
+        energy = read.square().sum(0)  # ||Y S e_j||^2
+        columns = torch.zeros(size, n)  # scaled pivot columns of S, one a row
+        images = torch.zeros(size, len(read))  # Y times them
+        for step in range(size):
+            j = int((energy / diagonal.clamp_min(floor)).masked_fill_(~alive, -1.0).argmax())
+            before = columns[:step]
+            scale = diagonal[j].clamp_min(floor).rsqrt()
+            column = (residual[j] - before[:, j] @ before) * scale
+            image = (read[:, j] - before[:, j] @ images[:step]) * scale
+            gain = torch.dot(image, image)
+            # ||Z e_j||^2 after Z -= image column^T, with Z = Y S less the delayed updates.
+            inner = image @ read - (images[:step] @ image) @ before
+            energy = (energy - 2 * column * inner + column.square() * gain).clamp_min_(0)
+            diagonal = diagonal - column.square()
+            columns[step], images[step] = column, image
+            alive[j] = False
+            order.append(j)
+            gains.append(float(gain))
+        residual.addmm_(columns.mT, columns, alpha=-1)
+        read.addmm_(images.mT, columns, alpha=-1)
     error = start - torch.tensor([0.0, *gains], dtype=torch.float64).cumsum(0)
     return torch.tensor(order), error.clamp_min(0.0)
 
 
 def interpolation(gram: Tensor, kept: Tensor, rcond: float = 1e-10) -> Tensor:
     """Best linear prediction P (n, k) of all coordinates from the kept ones: ``gram[:, J] gram[J, J]^+``."""
-    _, inverse = psd_root(gram[kept][:, kept], rcond)
-    return gram[:, kept] @ inverse @ inverse
+    return psd_solve(gram[kept][:, kept], gram[kept], rcond).mT

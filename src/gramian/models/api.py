@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from gramian.compression import Built, Entry, Layer, Plan, build_entry, make_plan
 from gramian.errors import GramianError
-from gramian.grams import Grams, collect_layers
+from gramian.grams import Grams, LayerGrams, collect_layers
 from gramian.models.groups import find_groups
 from gramian.models.heal import Healing, heal
-from gramian.models.swap import replace_linear
+from gramian.models.swap import replace_embedding, replace_linear
 from gramian.models.walk import bias_of, check_finite, find_layers, weight_of
 from gramian.models.workload import Workload, first_tensor, tensor_workload, text_workload
 
@@ -62,11 +62,12 @@ def collect(
     tokenizer: Any = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     seed: int = 0,
     centres: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Grams:
-    """Input and output-gradient Grams of every linear layer, without labels, in one pass.
+    """Input and output-gradient Grams of every linear layer and, if asked, embedding, without labels, in one pass.
 
     Args:
         model: any module; left as it was.
@@ -76,6 +77,8 @@ def collect(
         tokenizer: for texts.
         include: shell-style patterns of layer names; () for all.
         exclude: patterns to leave out; they win.
+        embeddings: also embeddings of many rows (words; not positions) that no other layer shares; a plan made from the
+            result then chooses a structure for them too.
         seed: of the random probes.
         centres: ``Grams.centres()`` of another shard, for an exact ``merge``.
         progress: called with ("collect", sequences done, sequences in all).
@@ -84,13 +87,13 @@ def collect(
         GramianError: bad data, NaN or Inf in weights or activations (the layer is named), unknown patterns.
     """
     work = as_workload(model, data, tokenizer)
-    found = find_layers(model, include=include, exclude=exclude)
-    check_finite(found.layers)
+    found = find_layers(model, include=include, exclude=exclude, embeddings=embeddings)
+    check_finite({**found.layers, **found.embeddings})
     sizes = work.sizes()
     done = iter(_running_sum(sizes))
     grams = collect_layers(
         model,
-        found.layers,
+        {**found.embeddings, **found.layers},
         work.batches,
         run=work.run,
         objective=work.objective(objective),
@@ -126,7 +129,12 @@ def planning_layers(model: nn.Module, grams: Grams) -> dict[str, Layer]:
     missing = [name for name in grams if name not in modules]
     if missing:
         raise GramianError(f"layer {missing[0]} is in the Grams but not in the model; collect from this model")
-    return {name: Layer(name, weight_of(modules[name]), bias_of(modules[name]), grams[name]) for name in grams}
+    return {name: as_layer(name, modules[name], grams[name]) for name in grams}
+
+
+def as_layer(name: str, module: nn.Module, grams: LayerGrams | None = None) -> Layer:
+    """A linear layer or embedding as the planner sees it."""
+    return Layer(name, weight_of(module), bias_of(module), grams, isinstance(module, nn.Embedding))
 
 
 def plan(
@@ -193,7 +201,10 @@ def build_all(chosen: Plan, layers: Mapping[str, Layer], threads: int = 2) -> It
 def apply_built(model: nn.Module, built: Built) -> None:
     """Put what an entry made into the model, in place."""
     for name, (op, bias) in built.layers.items():
-        replace_linear(model, name, op, bias)
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            replace_embedding(model, name, op)
+        else:
+            replace_linear(model, name, op, bias)
 
 
 def compress(
@@ -210,6 +221,7 @@ def compress(
     tokenizer: Any = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Module:
@@ -228,6 +240,7 @@ def compress(
         tokenizer: for texts.
         include: shell-style patterns of layer names; () for all.
         exclude: patterns to leave out; they win.
+        embeddings: see ``collect``.
         seed: makes the run repeatable.
         progress: called with (stage, done, total).
 
@@ -244,7 +257,14 @@ def compress(
             raise GramianError("compress needs calibration data, or the Grams of an earlier collect (grams=...)")
         data = as_workload(model, data, tokenizer)
         grams = collect(
-            model, data, objective=objective, include=include, exclude=exclude, seed=seed, progress=progress
+            model,
+            data,
+            objective=objective,
+            include=include,
+            exclude=exclude,
+            embeddings=embeddings,
+            seed=seed,
+            progress=progress,
         )
     layers = planning_layers(model, grams)
     if plan is None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from gramian import __version__
 from gramian.errors import GramianError, nearest
-from gramian.models.swap import check_shape, find_linear, linear_shape, origin, swap
-from gramian.nn import StructuredLinear
+from gramian.models.swap import check_shape, find_embedding, find_linear, linear_shape, origin, swap
+from gramian.nn import StructuredEmbedding, StructuredLinear
 
 SCHEMA = 1
 """Version of the layout of a checkpoint's description; a larger one is refused."""
@@ -77,12 +77,15 @@ def _flush(path: Path) -> None:
 def describe(model: nn.Module) -> Layers:
     """The layers of `model` that its own constructor does not make: structured ones, and dense ones of another shape.
 
-    Each entry is ``Operator.config()`` of what the layer holds now, with ``bias``.
+    Each entry is ``Operator.config()`` of what the layer holds now, with ``bias``, or for an embedding with
+    ``"embedding": true``.
     """
     layers: Layers = {}
     for name, module in model.named_modules():
         if isinstance(module, StructuredLinear):
             layers[name] = {**module.op.config(), "bias": module.bias is not None}
+        elif isinstance(module, StructuredEmbedding):
+            layers[name] = {**module.op.config(), "embedding": True}
         elif isinstance(module, nn.Linear) and origin(module).shape != linear_shape(module):
             shape = list(linear_shape(module))
             factors = {"weight": ["float", *shape]}
@@ -98,7 +101,17 @@ def build(name: str, spec: Mapping[str, Any], old: nn.Module) -> nn.Module:
     """
     weight = old.weight
     assert isinstance(weight, Tensor)
+    table = isinstance(old, nn.Embedding | StructuredEmbedding)
+    if table != (spec.get("embedding") is True):
+        what = "a linear layer" if table else "an embedding"
+        raise GramianError(f"layer {name!r}: the description is of {what}; the model has a {type(old).__name__}")
     try:
+        if isinstance(old, nn.Embedding | StructuredEmbedding):
+            with torch.device("cpu"):
+                made = StructuredEmbedding.from_config(dict(spec), padding_idx=old.padding_idx, dtype=weight.dtype)
+            if origin(made).shape != origin(old).shape:
+                raise GramianError(f"shape {origin(made).shape}; expected {origin(old).shape}, the model's own")
+            return made
         bias, (out, in_) = spec["bias"], spec["shape"]
         if not isinstance(bias, bool):
             raise TypeError(f"bias {bias!r}; expected true or false")
@@ -209,7 +222,7 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         check_schema(description if isinstance(description, Mapping) else {})
         replaced = {}
         for name, spec in description["layers"].items():
-            old = find_linear(model, name)
+            old = find_embedding(model, name) if spec.get("embedding") is True else find_linear(model, name)
             replaced[name] = (old, build(name, spec, old))
     except GramianError as error:
         raise GramianError(f"{folder / DESCRIPTION}: {error}") from error

@@ -24,16 +24,17 @@ class Healing:
         steps: optimiser steps.
         rate: peak learning rate of AdamW, reached after a tenth of the steps, then a cosine to zero.
         states: weight of matching the hidden states of every token, beside the features.
-        seed: of batch order and augmentation.
-        augment: recombine the calibration texts (spans of two texts joined) where the workload can; the teacher answers any
-            input, so new inputs cost nothing but its forward pass.
+        seed: of batch order and recombination.
+        pool: training data as a multiple of the calibration data: beside the texts themselves, recombinations of them
+            (spans of two texts joined) where the workload can; the teacher answers any input. Its answers are kept in half
+            precision, so it runs once an input, not once a step.
     """
 
     steps: int = 100
     rate: float = 1e-3
     states: float = 1.0
     seed: int = 0
-    augment: float = 0.5
+    pool: int = 3
 
 
 def heal(
@@ -95,6 +96,8 @@ def heal(
     first = 0
     if resume is not None:
         first = _restore(resume, trained, optimiser)
+    pool = _pool(workload, settings)
+    targets: dict[int, list[Tensor]] = {}
     history: list[tuple[int, float]] = []
     training = student.training
     student.eval()
@@ -108,10 +111,12 @@ def heal(
         for step in range(first, settings.steps):
             for group in optimiser.param_groups:
                 group["lr"] = settings.rate * _schedule(step, settings.steps)
-            batch = _batch(workload, step, settings)
-            with torch.no_grad():
-                target = workload.outputs(teacher, batch)
-            loss = _loss(workload.outputs(student, batch), target, settings.states)
+            place = _place(step, len(pool), settings.seed)
+            batch = pool[place]
+            if place not in targets:
+                with torch.no_grad():
+                    targets[place] = [t.half() for t in workload.outputs(teacher, batch)]
+            loss = _loss(workload.outputs(student, batch), targets[place], settings.states)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise GramianError(f"healing: the loss became {value} at step {step}; lower the learning rate")
@@ -151,8 +156,7 @@ def _validate(student: nn.Module, teacher: nn.Module, workload: Workload) -> flo
     """Mean loss of the features over at most four of the calibration batches, as they are."""
     batches = workload.batches[:: max(1, len(workload.batches) // 4)][:4]
     losses = [
-        float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0))
-        for batch in batches
+        float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0)) for batch in batches
     ]
     return sum(losses) / len(losses)
 
@@ -164,16 +168,22 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _batch(workload: Workload, step: int, settings: Healing) -> Any:
-    """The batch of a step: a function of the seed and the step alone, so that a resumed run sees the same ones."""
-    count = len(workload.batches)
+def _pool(workload: Workload, settings: Healing) -> list[Any]:
+    """The calibration batches and recombinations of them: a function of the seed alone."""
+    pool = list(workload.batches)
+    for copy in range(1, settings.pool if workload.augment is not None else 1):
+        for index, batch in enumerate(workload.batches):
+            generator = torch.Generator().manual_seed(settings.seed * 104729 + copy * 7919 + index)
+            assert workload.augment is not None
+            pool.append(workload.augment(batch, generator))
+    return pool
+
+
+def _place(step: int, count: int, seed: int) -> int:
+    """Which batch a step takes: a function of the seed and the step alone, so that a resumed run sees the same ones."""
     epoch, place = divmod(step, count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed * 7919 + epoch))
-    batch = workload.batches[int(order[place])]
-    generator = torch.Generator().manual_seed(settings.seed * 104729 + step)
-    if workload.augment is None or float(torch.rand((), generator=generator)) >= settings.augment:
-        return batch
-    return workload.augment(batch, generator)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+    return int(order[place])
 
 
 def _loss(student: list[Tensor], target: list[Tensor], states: float) -> Tensor:

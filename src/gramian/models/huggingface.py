@@ -33,7 +33,8 @@ from gramian.models.checkpoint import SCHEMA, Layers, atomic_directory, build, c
 from gramian.models.remote_code import MODULE, remote_code
 from gramian.models.swap import conv1d, linear_shape, origin, own_dtypes, swap
 from gramian.models.walk import is_linear
-from gramian.nn import StructuredLinear
+from gramian.nn import StructuredEmbedding, StructuredLinear
+from gramian.nn.structured import Structured
 
 METHOD = "gramian"
 logger = logging.get_logger(__name__)
@@ -79,9 +80,11 @@ class GramianQuantizer(HfQuantizer):  # type: ignore[misc]
         self.own_dtypes: dict[str, torch.dtype] = {}
         for name, place in places.items():
             old = model.get_submodule(place)
+            if layers[name].get("embedding") is True:
+                _check_untied(model, place, old)
             new = build(name, layers[name], old)
             swap(model, old, new)
-            if isinstance(new, StructuredLinear):
+            if isinstance(new, Structured):
                 self.own_dtypes |= {f"{place}.{factor}": dtype for factor, dtype in own_dtypes(new.op).items()}
         return model
 
@@ -154,7 +157,11 @@ def resolve(model: Any, names: list[str], *, same_class: bool) -> dict[str, str]
         GramianError: a layer is not there.
     """
     prefix = model.base_model_prefix
-    modules = {name for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+    modules = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if is_linear(module) or isinstance(module, nn.Embedding | StructuredEmbedding)
+    }
     places: dict[str, str] = {}
     for name in names:
         candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
@@ -172,6 +179,16 @@ def resolve(model: Any, names: list[str], *, same_class: bool) -> dict[str, str]
             f"config.json lists {len(names)} layers, {names[0]!r} first; none is in {type(model).__name__}"
         )
     return places
+
+
+def _check_untied(model: Any, name: str, embedding: nn.Module) -> None:
+    """Raise if the output layer of `model` would take its weight from an embedding that is no plain table any more."""
+    head = model.get_output_embeddings()
+    if head is not None and model.get_input_embeddings() is embedding and model.config.tie_word_embeddings:
+        raise GramianError(
+            f"{type(model).__name__} ties its output layer to {name}, which this checkpoint holds compressed; load it as "
+            "AutoModel, or pass tie_word_embeddings=False for an output layer of its own"
+        )
 
 
 def attach(model: Any, **other: Any) -> None:
@@ -260,6 +277,11 @@ def restore_dense(model: nn.Module) -> None:
     A layer that lost neurons is padded with zeros: rows that nothing reads and columns that read nothing.
     """
     for module in list(model.modules()):
+        if isinstance(module, StructuredEmbedding):
+            table = module.to_embedding()
+            swap(model, module, table)
+            del table.gramian_origin
+            continue
         if not isinstance(module, StructuredLinear) and not hasattr(module, "gramian_origin"):
             continue
         before = origin(module)

@@ -14,32 +14,35 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gramian import __version__
-from gramian.compression import Built, Entry, Layer, Plan, dense_cost, make_plan, resolve_structures
+from gramian.compression import Built, Entry, Layer, Plan, dense_cost, make_plan, op_cost, resolve_structures
+from gramian.compression.options import COSTS, JOINT
 from gramian.compression.plan import check_keep
-from gramian.errors import GramianError
+from gramian.errors import GramianError, nearest
 from gramian.grams import Grams
 from gramian.linalg import svdvals
-from gramian.models.api import Progress, apply_built, build_all, check_plan, collect, planning_layers
+from gramian.models.api import Progress, apply_built, as_layer, build_all, check_plan, collect, planning_layers
 from gramian.models.heal import Healing, heal
+from gramian.models.journal import damaged, keep, recall, workspace, write
 from gramian.models.loading import Loaded, load_model
-from gramian.models.walk import check_finite, find_layers
+from gramian.models.walk import bias_of, check_finite, find_layers
 from gramian.models.workload import Workload, agreement, all_features
-from gramian.ops import Operator, from_config
+from gramian.nn.structured import Structured
+from gramian.ops import Operator, from_config, structures
 
 HELD_OUT = 160
 """Most held-out texts that quality is measured on."""
 SPECTRUM_POINTS = 33
+GRAMS = "grams.sealed"
+"""The first file of the work directory that is worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Settings:
         rate: peak learning rate of healing.
         seed: makes the run repeatable.
         include, exclude: patterns of layer names.
+        embeddings: embeddings take part too, unless the cost is FLOPs, of which a look-up takes none.
         plan: path of an edited plan to carry out, or None.
     """
 
@@ -67,6 +71,7 @@ class Settings:
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    embeddings: bool = False
     plan: str | None = None
 
 
@@ -108,36 +113,49 @@ class Job:
         methods = resolve_structures(s.structures, s.cost)
         if s.heal < 0:
             raise GramianError(f"--heal {s.heal}: expected 0 or more steps")
+        if not 0 < s.rate < math.inf:
+            raise GramianError(f"--rate {s.rate:g}: expected a learning rate above 0, e.g. 0.001")
+        if not 0 <= s.seed < 2**31:
+            raise GramianError(f"--seed {s.seed}: expected 0 to {2**31 - 1}")
         if s.objective not in ("auto", "features", "lm", "none"):
             raise GramianError(f"--objective {s.objective!r}; expected auto, features, lm or none")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+            raise GramianError(f"--out {self.out} exists and is no directory; remove it or choose another name")
+        if self.out.exists() and any(self.out.iterdir()):
             raise GramianError(f"--out {self.out} exists and is not empty; remove it or choose another directory")
+        parent = _existing(self.out.absolute().parent)
+        if not parent.is_dir():
+            raise GramianError(f"--out {self.out}: {parent} is a file; choose another directory")
+        if not os.access(parent, os.W_OK):
+            raise GramianError(f"--out {self.out}: no permission to write in {parent}; choose another directory")
         chosen = Plan.load(s.plan) if s.plan else None
         self.loaded = load_model(self.model, self.data)
         heads = () if s.include else self.loaded.heads
-        found = find_layers(self.loaded.model, include=s.include, exclude=(*s.exclude, *heads))
+        tables = s.embeddings and s.cost != "flops"
+        found = find_layers(self.loaded.model, include=s.include, exclude=(*s.exclude, *heads), embeddings=tables)
+        if s.embeddings and not tables:
+            self.warnings.append("--embeddings has no effect on a budget of FLOPs: a look-up takes none")
         for entry in found.left_alone:
             if entry["name"] in heads:
                 entry["reason"] = "a head outside the repeated blocks (name it with --include to take part)"
-        check_finite(found.layers)
+        chosen_layers = {**found.embeddings, **found.layers}
+        check_finite(chosen_layers)
         self.found = found
-        layers = {n: Layer(n, *_tensors(m)) for n, m in found.layers.items()}
+        layers = {name: as_layer(name, module) for name, module in chosen_layers.items()}
         total = sum(dense_cost(layer).of(s.cost) for layer in layers.values())
         least = sum(_least(layer, methods, s.cost) for layer in layers.values())
         if chosen is not None:
             check_plan(chosen, layers)
+            _check_sizes(chosen, layers)
         elif least > s.keep * total:
             raise GramianError(
                 f"--keep {s.keep:g} is out of reach: the smallest options keep {least / total:.4f} of the {s.cost}; "
                 "ask for more or allow more structures"
             )
         file_bytes = sum(p.numel() * p.element_size() for p in self.loaded.model.parameters())
-        gram_bytes = sum(8 * (w.shape[1] ** 2 + w.shape[0] ** 2) for w in (layer.weight for layer in layers.values()))
+        gram_bytes = sum(8 * _gram_entries(layer) for layer in layers.values())
         need_disk = 2 * file_bytes + gram_bytes
-        parent = _existing(self.out.absolute().parent)
         free_disk = shutil.disk_usage(parent).free
-        if not os.access(parent, os.W_OK):
-            raise GramianError(f"--out {self.out}: no permission to write in {parent}; choose another directory")
         if need_disk > free_disk:
             raise GramianError(
                 f"--out {self.out}: needs about {need_disk / 1e9:.1f} GB on disk, {free_disk / 1e9:.1f} GB are free"
@@ -166,14 +184,27 @@ class Job:
     # The run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Do it all; returns the report (see ``gramian.report``)."""
+        """Do it all; returns the report (see ``gramian.report``).
+
+        Raises:
+            GramianError: one line that names the culprit and the remedy; nothing is at ``out`` then.
+        """
         started = time.perf_counter()
         self.check()
+        torch.manual_seed(self.settings.seed)
+        calibration = self.loaded.workload(self.loaded.corpus.calibration)
+        work = self.out.absolute().parent / f".{self.out.name}.gramian-{self._fingerprint(calibration)}"
+        try:
+            with workspace(work, GRAMS):
+                return self._work(work, calibration, started)
+        except OSError as error:  # a full disk, a directory that went away
+            raise GramianError(
+                f"--out {self.out} cannot be written: {error.strerror or error}; "
+                "see to that and run the same command again to go on"
+            ) from error
+
+    def _work(self, work: Path, calibration: Workload, started: float) -> dict[str, Any]:
         s, loaded = self.settings, self.loaded
-        work = self.out.absolute().parent / f".{self.out.name}.gramian-{self._fingerprint()}"
-        work.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(s.seed)
-        calibration = loaded.workload(loaded.corpus.calibration)
         grams = self._stage("collect", lambda: self._grams(work, calibration))
         layers = planning_layers(loaded.model, grams)
         self._warn_few_tokens(layers)
@@ -207,13 +238,15 @@ class Job:
         self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
         return result
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(__version__.encode())
+    def _fingerprint(self, calibration: Workload) -> str:
+        """Of everything that the result depends on: a run that differs in any of it has a journal of its own."""
+        digest = hashlib.sha256(f"{__version__} {torch.__version__}".encode())
         digest.update(json.dumps(asdict(self.settings), sort_keys=True).encode())
         if self.settings.plan:
             digest.update(Path(self.settings.plan).read_bytes())
-        digest.update(self.loaded.corpus.fingerprint.encode())
-        for name, tensor in self.loaded.model.state_dict().items():
+        digest.update(self.loaded.config.to_json_string().encode())
+        tokens = {f"{i}|{key}": value for i, batch in enumerate(calibration.batches) for key, value in batch.items()}
+        for name, tensor in (*self.loaded.model.state_dict().items(), *tokens.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:12]
@@ -226,25 +259,27 @@ class Job:
         return [texts[i] for i in order]
 
     def _grams(self, work: Path, calibration: Workload) -> Grams:
-        tensors, description = work / "grams.safetensors", work / "grams.json"
-        if description.exists():
-            return Grams.from_state(load_file(tensors), json.loads(description.read_text()))
+        path = work / GRAMS
+        known = recall(path)
+        if known is not None:
+            return Grams.from_state(*known)
         grams = collect(
             self.loaded.model,
             calibration,
             objective=self.settings.objective,
-            include=list(self.found.layers),
+            include=[*self.found.embeddings, *self.found.layers],
+            embeddings=bool(self.found.embeddings),
             seed=self.settings.seed,
             progress=self.progress,
         )
-        _write(tensors, save(grams.state()))
-        _write(description, json.dumps(grams.describe()).encode())
+        keep(path, grams.state(), grams.describe())
         return grams
 
     def _plan(self, work: Path, layers: dict[str, Layer], grams: Grams) -> Plan:
         s = self.settings
         if s.plan:
             chosen = Plan.load(s.plan)
+            _check_groups(chosen, grams)
             named = {name for entry in chosen.entries for name in entry.layers}
             for name, layer in layers.items():
                 if name not in named:
@@ -252,7 +287,10 @@ class Job:
             return chosen
         path = work / "plan.json"
         if path.exists():
-            return Plan.load(path)
+            try:
+                return Plan.load(path)
+            except GramianError as error:
+                raise damaged(path, str(error)) from None
         count = len(layers)
         chosen = make_plan(
             layers,
@@ -262,26 +300,24 @@ class Job:
             structures=s.structures,
             progress=lambda done: self.progress("plan", min(done, count), count),
         )
-        _write(path, chosen.to_json().encode())
+        write(path, chosen.to_json().encode())
         return Plan.load(path)
 
     def _fit(self, work: Path, chosen: Plan, layers: dict[str, Layer]) -> list[Built]:
         folder = work / "built"
         folder.mkdir(exist_ok=True)
-        done = {
-            i: _read_built(folder / f"{i:05d}.safetensors", layers)
-            for i in range(len(chosen.entries))
-            if (folder / f"{i:05d}.json").exists()
-        }
+        paths = [folder / f"{i:05d}.sealed" for i in range(len(chosen.entries))]
+        done = {i: _restored(*known) for i, path in enumerate(paths) if (known := recall(path)) is not None}
         missing = [i for i in range(len(chosen.entries)) if i not in done]
         rest = Plan(chosen.cost, chosen.keep, chosen.budget, [chosen.entries[i] for i in missing])
         for place, _, made in build_all(rest, layers):
             index = missing[place]
-            _write_built(folder / f"{index:05d}.safetensors", made)
+            keep(paths[index], *_stored(made))
             done[index] = made
             self.progress("fit", len(done), len(chosen.entries))
         for index, entry in enumerate(chosen.entries):
-            entry.cost = sum(_op_cost(op).of(chosen.cost) for op, _ in done[index].layers.values())
+            parts = done[index].layers.items()
+            entry.cost = sum(op_cost(op, layers[name]).of(chosen.cost) for name, (op, _) in parts)
             entry.predicted = entry.predicted if entry.structure != "dense" else 0.0
         return [done[i] for i in range(len(chosen.entries))]
 
@@ -289,20 +325,16 @@ class Job:
         self, work: Path, small: nn.Module, teacher: nn.Module, changed: list[str], calibration: Workload
     ) -> list[tuple[int, float]]:
         s = self.settings
-        path = work / "heal.safetensors"
-        resume = load_file(path) if path.exists() else None
-        losses_path = work / "heal.json"
-        known = json.loads(losses_path.read_text()) if resume is not None and losses_path.exists() else []
-        step = int(resume["step"]) if resume is not None else 0
-        losses: list[tuple[int, float]] = [(int(i), float(v)) for i, v in known if i < step]
+        path = work / "heal.sealed"
+        resume, known = recall(path) or (None, {"losses": []})
+        losses: list[tuple[int, float]] = [(i, value) for i, value in known["losses"]]
 
         def note(i: int, value: float) -> None:
             losses.append((i, value))
             self.progress("heal", i + 1, s.heal)
 
         def checkpoint(state: dict[str, Tensor]) -> None:
-            _write(losses_path, json.dumps(losses).encode())
-            _write(path, save({key: value.contiguous() for key, value in state.items()}))
+            keep(path, state, {"losses": losses})
 
         settings = Healing(steps=s.heal, rate=s.rate, seed=s.seed)
         heal(small, teacher, changed, calibration, settings, resume=resume, checkpoint=checkpoint, progress=note)
@@ -324,10 +356,10 @@ class Job:
         self.loaded.save(small, final, recipe=recipe)
         size = sum(p.stat().st_size for p in final.rglob("*.safetensors"))
         report["size"]["file_after"] = size
-        (final / "plan.json").write_text(chosen.to_json(), encoding="utf-8")
-        (final / "report.json").write_text(json.dumps(finite(report), indent=1, allow_nan=False), encoding="utf-8")
+        write(final / "plan.json", chosen.to_json().encode())
+        write(final / "report.json", json.dumps(finite(report), indent=1, allow_nan=False).encode())
         if self.render is not None:
-            (final / "report.html").write_text(self.render(report), encoding="utf-8")
+            write(final / "report.html", self.render(report).encode())
         if self.out.exists():
             self.out.rmdir()
         os.rename(final, self.out)
@@ -350,7 +382,7 @@ class Job:
         for entry, made in zip(chosen.entries, built, strict=True):
             for name in entry.layers:
                 layer, op = layers[name], made.layers[name][0]
-                before, after = dense_cost(layer), _op_cost(op)
+                before, after = dense_cost(layer), op_cost(op, layer)
                 measured = made.error.get(name, 0.0)
                 first = name == entry.layers[-1]
                 rows.append(
@@ -443,23 +475,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    from gramian.models.walk import bias_of, weight_of
-
-    return weight_of(module), bias_of(module)
-
-
-def _op_cost(op: Operator) -> Any:
-    from gramian.compression import Cost
-
-    return Cost(op.numel, op.nbytes, op.flops())
+def _gram_entries(layer: Layer) -> int:
+    """Numbers in the Grams of a layer; an embedding's input Gram is diagonal."""
+    out, in_ = layer.shape
+    return in_ * in_ + (out if layer.embedding else out * out)
 
 
 def _least(layer: Layer, methods: Sequence[str], cost: str) -> int:
     """The cost of the cheapest thing that can be done to a layer alone (a lower bound is enough)."""
-    from gramian.compression import JOINT
-    from gramian.compression.options import single_curve
+    from gramian.compression.options import embedding_sizes, single_curve
 
+    if layer.embedding:
+        return min(price.of(cost) for _, _, price in embedding_sizes(layer, methods, cost))
     least = dense_cost(layer).of(cost)
     for method in methods:
         if method == "skeleton" or method in JOINT:
@@ -483,8 +510,9 @@ def _spectra(layer: Layer) -> dict[str, Any]:
     values = svdvals(layer.weight.double()).square()
     plain = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
     weighted = layer.spectrum.errors
+    seen = (-weighted.diff()).clamp_min(0)
     place = torch.linspace(0, min(layer.shape), SPECTRUM_POINTS).round().long()
-    share = values / values.sum().clamp_min(1e-300)
+    share = seen / seen.sum().clamp_min(1e-300)
     entropy = -(share.clamp_min(1e-300).log() * share).sum()
 
     def curve(x: Tensor) -> list[float]:
@@ -501,27 +529,24 @@ def _spectra(layer: Layer) -> dict[str, Any]:
 
 def _parameters(model: nn.Module) -> int:
     """Stored numbers of a model: parameters and the index or code buffers of structured layers."""
-    from gramian.nn import StructuredLinear
-
-    inside = {id(p) for m in model.modules() if isinstance(m, StructuredLinear) for p in m.parameters()}
+    inside = {id(p) for m in model.modules() if isinstance(m, Structured) for p in m.parameters()}
     plain = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     structured = sum(
-        m.op.numel + (m.bias.numel() if m.bias is not None else 0)
+        m.op.numel + (bias.numel() if (bias := bias_of(m)) is not None else 0)
         for m in model.modules()
-        if isinstance(m, StructuredLinear)
+        if isinstance(m, Structured)
     )
     return plain + structured
 
 
 def _bytes(model: nn.Module) -> int:
-    from gramian.nn import StructuredLinear
 
-    inside = {id(p) for m in model.modules() if isinstance(m, StructuredLinear) for p in m.parameters()}
+    inside = {id(p) for m in model.modules() if isinstance(m, Structured) for p in m.parameters()}
     plain = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
     return plain + sum(
-        m.op.nbytes + (m.bias.nbytes if m.bias is not None else 0)
+        m.op.nbytes + (bias.nbytes if (bias := bias_of(m)) is not None else 0)
         for m in model.modules()
-        if isinstance(m, StructuredLinear)
+        if isinstance(m, Structured)
     )
 
 
@@ -541,46 +566,78 @@ def _speed(before: nn.Module, after: nn.Module, loaded: Loaded) -> list[dict[str
                 if repeat:
                     taken[which].append((time.perf_counter() - start) * 1e3)
         median = [sorted(t)[len(t) // 2] for t in taken]
+        tokens = inputs["input_ids"].shape[1]  # fewer where the model takes fewer
         rows.append({"batch": batch, "tokens": tokens, "before_ms": median[0], "after_ms": median[1]})
     return rows
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or absent, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path)
-
-
-def _write_built(path: Path, made: Built) -> None:
+def _stored(made: Built) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A fitted entry as ``keep`` takes it."""
     tensors: dict[str, Tensor] = {}
     for name, (op, bias) in made.layers.items():
-        tensors.update({f"{name}|{key}": value.contiguous() for key, value in op.factors().items()})
+        tensors.update({f"{name}|{key}": value for key, value in op.factors().items()})
         if bias is not None:
-            tensors[f"{name}|bias"] = bias.contiguous()
-    description = {
-        "layers": {name: op.config() for name, (op, _) in made.layers.items()},
-        "error": made.error,
-    }
-    _write(path, save(tensors))
-    _write(path.with_suffix(".json"), json.dumps(description).encode())  # last: its presence says that both are whole
+            tensors[f"{name}|"] = bias
+    return tensors, {"layers": {name: op.config() for name, (op, _) in made.layers.items()}, "error": made.error}
 
 
-def _read_built(path: Path, layers: dict[str, Layer]) -> Built:
-    try:
-        tensors = load_file(path)
-        description = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise GramianError(f"{path}: damaged journal ({error}); remove {path.parent.parent} to start over") from None
+def _restored(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Built:
+    """Inverse of ``_stored``."""
     made: dict[str, tuple[Operator, Tensor | None]] = {}
     for name, config in description["layers"].items():
         own = {key.removeprefix(f"{name}|"): value for key, value in tensors.items() if key.startswith(f"{name}|")}
-        bias = own.pop("bias", None) if "bias" not in config.get("factors", {}) else None
+        bias = own.pop("", None)
         made[name] = (from_config(config, own), bias)
     return Built(made, description["error"])
+
+
+def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
+    """Raise on what no fit could make of these layers, before the long work.
+
+    Raises:
+        GramianError: which entry, and what is expected.
+    """
+    if chosen.cost not in COSTS:
+        raise GramianError(f"plan: unknown cost {chosen.cost!r}; expected one of {', '.join(COSTS)}")
+    kinds = structures()
+    for entry in chosen.entries:
+        names = ", ".join(entry.layers)
+        if entry.structure in JOINT:
+            last = layers[entry.layers[-1]].shape[1]
+            key, most = (
+                ("width", last) if entry.structure == "neurons" else ("dimensions", layers[entry.layers[0]].shape[0])
+            )
+            size = entry.size.get(key)
+            if not isinstance(size, int) or not 1 <= size <= most:
+                raise GramianError(f"plan: {names}: {entry.structure} of {key} {size}; expected 1 to {most}")
+            continue
+        if entry.structure not in kinds:
+            known = [*kinds, *JOINT]
+            raise GramianError(f"plan: {names}: unknown structure {entry.structure!r}{nearest(entry.structure, known)}")
+        if len(entry.layers) != 1:
+            raise GramianError(
+                f"plan: structure {entry.structure!r} is for one layer; found {len(entry.layers)}: {names}"
+            )
+        try:
+            kinds[entry.structure].init(layers[names].shape, generator=torch.Generator(), **entry.size)
+        except (GramianError, TypeError, ValueError) as error:
+            raise GramianError(f"plan: layer {names}: {entry.structure} of {entry.size}: {error}") from None
+
+
+def _check_groups(chosen: Plan, grams: Grams) -> None:
+    """Raise unless the layers that an entry compresses together do belong together in this model.
+
+    Raises:
+        GramianError: which entry, and the groups that there are.
+    """
+    known = {(joint.kind, *joint.layers): joint.heads for joint in grams.joints}
+    for entry in chosen.entries:
+        if entry.structure in JOINT and known.get((entry.structure, *entry.layers)) != entry.heads:
+            groups = [f"{kind} of {', '.join(names)}" for kind, *names in known if kind == entry.structure]
+            raise GramianError(
+                f"plan: {entry.structure} of {', '.join(entry.layers)} with {entry.heads} heads fits no group of this model"
+                f"{nearest(f'{entry.structure} of ' + ', '.join(entry.layers), groups)}"
+            )
 
 
 def _existing(path: Path) -> Path:

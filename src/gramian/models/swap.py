@@ -1,4 +1,4 @@
-"""Exchanging one linear layer of a network for another, whatever class held it."""
+"""Exchanging one linear layer or embedding of a network for another, whatever class held it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError, nearest
 from gramian.models.walk import is_conv1d, is_linear
-from gramian.nn import StructuredLinear, as_linear
+from gramian.nn import StructuredEmbedding, StructuredLinear, as_embedding, as_linear
 from gramian.ops import Operator
 
 
@@ -18,7 +18,7 @@ class Origin:
     """What a layer was before gramian changed it: kept on the layer that took its place, as ``gramian_origin``.
 
     Args:
-        shape: (out, in) of the first layer at that place.
+        shape: (out, in) of the first layer at that place; (rows, width) of an embedding.
         transposed: it was a ``transformers`` Conv1D, whose weight is stored (in, out).
     """
 
@@ -81,14 +81,7 @@ def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | Non
     if bias is not None and tuple(bias.shape) != (op.shape[0],):
         raise GramianError(f"layer {name!r}: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
 
-    apart = own_dtypes(op)
-    moved = {
-        key: t.detach()
-        .to(weight.device, weight.dtype if t.is_floating_point() and key not in apart else t.dtype)
-        .contiguous()
-        for key, t in op.factors().items()
-    }
-    layer: nn.Module = as_linear(op.replace(**moved), None if bias is None else bias.detach().to(weight))
+    layer: nn.Module = as_linear(_moved(op, weight), None if bias is None else bias.detach().to(weight))
     if isinstance(layer, StructuredLinear):
         layer.weight = layer.weight.to(weight.dtype)
     if isinstance(layer, nn.Linear) and op.shape == before.shape:
@@ -104,6 +97,43 @@ def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | Non
         layer.requires_grad_(False)
     swap(model, old, layer)
     return layer
+
+
+def replace_embedding(model: nn.Module, name: str, op: Operator) -> nn.Module:
+    """Put an embedding with the table `op` in the place of the embedding `name`, in place; returns the new layer.
+
+    As ``replace_linear``: copies, with the old layer's device, dtype, training mode, ``requires_grad`` and
+    ``padding_idx``.
+
+    Args:
+        model: the network.
+        name: dotted name of an ``nn.Embedding`` or ``StructuredEmbedding``.
+        op: (rows, width), exactly as it was.
+
+    Raises:
+        GramianError: no such embedding, or another shape.
+    """
+    old = find_embedding(model, name)
+    if op.shape != origin(old).shape:
+        raise GramianError(f"embedding {name!r}: shape {op.shape}; expected {origin(old).shape}")
+    layer = as_embedding(_moved(op, old.weight), old.padding_idx)
+    if isinstance(layer, StructuredEmbedding):
+        layer.weight = layer.weight.to(old.weight.dtype)
+    if not any(parameter.requires_grad for parameter in old.parameters()):
+        layer.requires_grad_(False)
+    swap(model, old, layer)
+    return layer
+
+
+def _moved(op: Operator, like: Tensor) -> Operator:
+    apart = own_dtypes(op)
+    moved = {
+        key: t.detach()
+        .to(like.device, like.dtype if t.is_floating_point() and key not in apart else t.dtype)
+        .contiguous()
+        for key, t in op.factors().items()
+    }
+    return op.replace(**moved)
 
 
 def own_dtypes(op: Operator) -> dict[str, torch.dtype]:
@@ -153,9 +183,27 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def find_embedding(model: nn.Module, name: str) -> nn.Embedding | StructuredEmbedding:
+    """The embedding of that name.
+
+    Raises:
+        GramianError: no such module (the message lists the nearest names) or not an embedding.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    found = modules.get(name) if name else None
+    if found is None:
+        tables = [known for known, module in modules.items() if isinstance(module, nn.Embedding | StructuredEmbedding)]
+        raise GramianError(f"no embedding {name!r} in {type(model).__name__}{nearest(name, tables)}")
+    if not isinstance(found, nn.Embedding | StructuredEmbedding):
+        raise GramianError(f"{name!r} is a {type(found).__name__}; expected nn.Embedding or StructuredEmbedding")
+    return found
+
+
 def origin(module: nn.Module) -> Origin:
-    """What a linear layer was before any exchange; itself if there was none."""
+    """What a linear layer or embedding was before any exchange; itself if there was none."""
     known = getattr(module, "gramian_origin", None)
+    if isinstance(module, nn.Embedding | StructuredEmbedding):
+        return Origin((module.num_embeddings, module.embedding_dim), False)
     return known if isinstance(known, Origin) else Origin(linear_shape(module), is_conv1d(module))
 
 

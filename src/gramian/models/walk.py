@@ -61,12 +61,15 @@ def find_layers(
         model: any module.
         include: shell-style patterns of names; () for all.
         exclude: patterns of names to leave alone; they win over `include`.
-        embeddings: also list embedding layers.
+        embeddings: also list embeddings, but not those of few rows (positions), those that compute more than a look-up,
+            and those whose table is tied to another layer's weight.
         smallest: weights with fewer entries are left alone.
 
     Raises:
         GramianError: a pattern that fits nothing (with the nearest names), or nothing left to compress.
     """
+    from gramian.nn.structured import Structured
+
     found = Found()
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -77,8 +80,9 @@ def find_layers(
     for pattern in (*include, *exclude):
         if not any(matches(name, [pattern]) for name in names):
             raise GramianError(f"pattern {pattern!r} fits no layer{nearest(pattern, names)}")
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Structured))
     for name, module in model.named_modules():
-        if not name:
+        if not name or name.startswith(inside):
             continue
         if is_linear(module):
             reason = _reason(name, module, owners, include, exclude, smallest)
@@ -86,10 +90,19 @@ def find_layers(
                 found.left_alone.append({"name": name, "reason": reason})
             else:
                 found.layers[name] = module
+        elif isinstance(module, Structured):
+            found.left_alone.append({"name": name, "reason": "already structured"})
         elif isinstance(module, nn.Embedding):
-            if embeddings and not matches(name, exclude) and (not include or matches(name, include)):
-                if len(owners[id(module.weight)]) > 1:
+            if embeddings:
+                if matches(name, exclude):
+                    found.left_alone.append({"name": name, "reason": "excluded"})
+                elif include and not matches(name, include):
+                    found.left_alone.append({"name": name, "reason": "not included"})
+                elif len(owners[id(module.weight)]) > 1:
                     found.left_alone.append({"name": name, "reason": "its weight is tied to another layer's"})
+                elif type(module) is not nn.Embedding or module.max_norm is not None:
+                    what = "renormalises its rows" if type(module) is nn.Embedding else "computes more than a look-up"
+                    found.left_alone.append({"name": name, "reason": f"a {type(module).__name__} that {what}"})
                 elif module.weight.shape[0] > 4 * module.weight.shape[1]:
                     found.embeddings[name] = module
                 else:
@@ -141,7 +154,7 @@ def _reason(
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The (out, in) weight of a linear layer, a view where possible."""
+    """The (out, in) weight of a linear layer or the (rows, width) table of an embedding, a view where possible."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().mT if is_conv1d(module) else weight.detach()
@@ -149,7 +162,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The (out,) bias or None."""
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
 
 

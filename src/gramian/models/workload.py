@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -278,7 +279,8 @@ def agreement(before: Tensor, after: Tensor) -> dict[str, float]:
 
     Returns:
         mean and p5: mean and 5th percentile of the cosines; relative_error: ``||E - E'||_F / ||E||_F``; rank_correlation:
-        Spearman's of all pairwise similarities; neighbours: share of the ten nearest neighbours kept; texts: n.
+        Spearman's of all pairwise similarities; neighbours: share of the ten nearest neighbours kept (both NaN for fewer
+        than twelve texts, which say nothing about them); texts: n.
     """
     cosine = F.cosine_similarity(before, after, dim=1)
     out = {
@@ -286,6 +288,8 @@ def agreement(before: Tensor, after: Tensor) -> dict[str, float]:
         "mean": float(cosine.mean()),
         "p5": float(cosine.quantile(0.05)),
         "relative_error": float((before - after).norm() / before.norm().clamp_min(1e-30)),
+        "rank_correlation": math.nan,
+        "neighbours": math.nan,
     }
     if len(before) > 11:
         a, b = F.normalize(before, dim=1), F.normalize(after, dim=1)

@@ -9,25 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
+from gramian.nn.structured import Factor, Structured
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
 
-class Factor(nn.Module):
-    """Holds one factor that is not a plain matrix: a batch of blocks, indices, codes."""
-
-    def __init__(self, value: Tensor, trainable: bool) -> None:
-        super().__init__()
-        if trainable:
-            self.weight = nn.Parameter(value)
-        else:
-            self.register_buffer("weight", value)
-
-    def forward(self) -> Tensor:
-        """The factor itself."""
-        return self.weight
-
-
-class StructuredLinear(nn.Module):
+class StructuredLinear(Structured):
     """A linear layer ``y = x A^T + bias`` whose matrix A is an Operator.
 
     The factors are child modules named as in ``op.factors()``: one that acts as a matrix is an ``nn.Linear`` without
@@ -49,29 +35,14 @@ class StructuredLinear(nn.Module):
             Dense operator: use ``as_linear``).
     """
 
-    weight: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, op: Operator, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = op.shape
         if bias is not None and tuple(bias.shape) != (op.shape[0],):
             raise GramianError(f"StructuredLinear: bias {tuple(bias.shape)}; expected ({op.shape[0]},)")
-        trainable, matrices = op.trainable(), op.linear_factors()
-        for root in {name.partition(".")[0] for name in op.factors()}:
-            if root in ("weight", "bias") or root in self.__dict__ or hasattr(type(self), root):
-                raise GramianError(
-                    f"StructuredLinear: the factor {root!r} of a {op.kind} operator has the name of an attribute of "
-                    "the layer; rename it, or use as_linear for a dense operator"
-                )
-        for name, value in op.factors().items():
-            _attach(self, name, value, name in trainable, name in matrices)
-        self.register_buffer("weight", torch.empty(0, dtype=op.dtype, device=op.device))
+        super().__init__(op, linears=True, reserved=("bias", "in_features", "out_features"))
+        self.out_features, self.in_features = op.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-        self._config = op.config()
-        self._template = from_config(self._config)  # on the meta device: structure without numbers
-        self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
-        self._prepared: tuple[list[Any], list[Tensor], tuple[Operator, tuple[Tensor, ...]]] | None = None
 
     @classmethod
     def from_config(
@@ -88,27 +59,6 @@ class StructuredLinear(nn.Module):
         layer = cls(op, torch.empty(op.shape[0], dtype=dtype, device=device) if bias else None)
         layer.weight = layer.weight.to(dtype)  # factors with a dtype of their own (scales) do not speak for the layer
         return layer
-
-    def config(self) -> dict[str, Any]:
-        """What ``from_config`` needs; JSON-able."""
-        return self._config
-
-    @property
-    def op(self) -> Operator:
-        """The operator over the live factors; gradients flow to them."""
-        return self._template.replace(**{name: self._factor(name) for name in self._shapes})
-
-    def _holder(self, name: str) -> nn.Module:
-        module: nn.Module = self
-        for part in name.split("."):
-            module = module._modules[part]  # type: ignore[assignment]
-        return module
-
-    def _factor(self, name: str) -> Tensor:
-        holder = self._holder(name)
-        weight = holder.weight
-        assert isinstance(weight, Tensor)
-        return weight.view(self._shapes[name])
 
     def _plain(self, prefix: str = "") -> bool:
         """Whether the children whose names start with `prefix` are as they were made: no adapter library has wrapped
@@ -131,22 +81,15 @@ class StructuredLinear(nn.Module):
 
     def _prepare(self) -> tuple[Operator, tuple[Tensor, ...]]:
         """``prepared()``, and the plain matrices to apply one after the other where it is only that."""
-        factors: list[Any] = [self._holder(name).weight for name in self._shapes]
-        try:
-            key = [(factor.data_ptr(), factor._version, factor.dtype) for factor in factors]
-        except RuntimeError:
-            return self.op, ()
-        if self._prepared is None or self._prepared[0] != key:
-            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-                op = self.op.runtime().to(dtype=self.weight.dtype)
-                matrices: tuple[Tensor, ...] = ()
-                if isinstance(op, Dense):
-                    matrices = (op.weight,)
-                elif isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-                    matrices = (op.right[0], op.left[0])
-                # The cache keeps hold of the factors it was made from, so that their addresses are not used again.
-                self._prepared = (key, [factor.detach() for factor in factors], (op, matrices))
-        return self._prepared[2]
+        return self._cached(self._make) or (self.op, ())
+
+    def _make(self) -> tuple[Operator, tuple[Tensor, ...]]:
+        op = self.op.runtime().to(dtype=self.weight.dtype)
+        if isinstance(op, Dense):
+            return op, (op.weight,)
+        if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+            return op, (op.right[0], op.left[0])
+        return op, ()
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
@@ -210,37 +153,6 @@ class StructuredLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self._template.kind}, in_features={self.in_features}, out_features={self.out_features}"
-
-    def train(self, mode: bool = True) -> StructuredLinear:
-        """As ``nn.Module.train``; what was prepared is made again."""
-        self._prepared = None
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> StructuredLinear:
-        self._prepared = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
-
-
-def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:
-    """Add a copy of `value` under the dotted `name`, making containers on the way."""
-    value = value.detach().clone(memory_format=torch.contiguous_format)
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    if matrix:
-        out, in_ = value.shape[-2:]
-        holder: nn.Module = nn.Linear(in_, out, bias=False, device="meta", dtype=value.dtype)
-        holder.weight = nn.Parameter(value.reshape(out, in_), requires_grad=trainable)
-    else:
-        holder = Factor(value, trainable)
-    root.add_module(last, holder)
 
 
 def as_linear(op: Operator, bias: Tensor | None = None) -> nn.Linear | StructuredLinear:

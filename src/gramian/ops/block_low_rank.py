@@ -13,7 +13,6 @@ ways each: *contiguous* (block j holds rows j s .. j s + s - 1) or *strided* (bl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -317,9 +316,3 @@ def _block_roots(gram: Tensor | None, blocks: int, width: int, like: Tensor) -> 
         block = torch.diag(gram[span]) if gram.dim() == 1 else gram[span, span]
         pairs.append(psd_root(block))
     return torch.stack([root for root, _ in pairs]), torch.stack([inverse for _, inverse in pairs])
-
-
-def rank_within(shape: tuple[int, int], keep: float) -> int:
-    """The largest rank whose factor pair stores at most ``keep * out * in`` numbers (0 if none does)."""
-    out, in_ = shape
-    return min(math.floor(keep * out * in_ / (out + in_)), min(shape))

@@ -25,6 +25,8 @@ from gramian.ops.operator import Operator, Size, register
 GRIDS = ("uniform", "gaussian")
 DAMPING = 1e-2
 """Added to the input Gram's diagonal, relative to its mean, before error feedback."""
+BLOCK = 128
+"""Columns whose updates are gathered into one matrix product."""
 
 
 @register
@@ -293,12 +295,12 @@ def _scales(w: Tensor, levels: Tensor, group: int, importance: Tensor | None) ->
     tiles = _grouped(w, group)
     weights = torch.ones_like(tiles) if importance is None else _grouped(importance[None], group).expand_as(tiles)
     top = tiles.abs().amax(-1) / levels[-1]
-    rms = tiles.square().mean(-1).sqrt()
     best = torch.full_like(top, math.inf)
     found = top.clone()
-    candidates = [top * f for f in torch.linspace(0.35, 1.0, 24).tolist()]
+    candidates = [top * f for f in torch.linspace(0.4, 1.0, 9).tolist()]
     if float(levels[-1]) > 1.0 + 1e-9:  # a Gaussian grid: its natural scale is the standard deviation
-        candidates += [rms * f for f in torch.linspace(0.85, 1.1, 6).tolist()]
+        rms = tiles.square().mean(-1).sqrt()
+        candidates = [top, *(rms * f for f in torch.linspace(0.85, 1.15, 7).tolist())]
     for scale in candidates:
         scale = scale.half().double()
         safe = scale.clamp_min(1e-30)[..., None]
@@ -321,20 +323,21 @@ def _round_with_feedback(
     codes = torch.zeros(out, in_, dtype=torch.int64, device=w.device)
     inverse = torch.linalg.inv(gram[order][:, order])
     feedback = torch.linalg.cholesky(inverse).mT  # upper: row j carries the error of column j forward
-    target = w[:, order].clone()
-    width = 128
-    for start in range(0, in_, width):
-        stop = min(start + width, in_)
-        errors = torch.zeros(out, stop - start, dtype=w.dtype, device=w.device)
-        block = target[:, start:stop]
+    # One column of the weight is one contiguous row of these.
+    target = w[:, order].mT.contiguous()
+    by_column = spread[:, order].mT.contiguous()
+    chosen = torch.zeros(in_, out, dtype=torch.int64, device=w.device)
+    for start in range(0, in_, BLOCK):
+        stop = min(start + BLOCK, in_)
+        errors = torch.zeros(stop - start, out, dtype=w.dtype, device=w.device)
         for j in range(start, stop):
-            column = int(order[j])
-            scale = spread[:, column]
-            code = _nearest(block[:, j - start].contiguous() / scale, levels)
-            codes[:, column] = code
-            errors[:, j - start] = (block[:, j - start] - levels[code] * scale) / feedback[j, j]
-            block[:, j - start + 1 :] -= torch.outer(errors[:, j - start], feedback[j, j + 1 : stop])
-        target[:, stop:] -= errors @ feedback[start:stop, stop:]
+            code = _nearest(target[j] / by_column[j], levels)
+            chosen[j] = code
+            error = (target[j] - levels[code] * by_column[j]) / feedback[j, j]
+            errors[j - start] = error
+            target[j + 1 : stop].addr_(feedback[j, j + 1 : stop], error, alpha=-1)
+        target[stop:] -= feedback[start:stop, stop:].mT @ errors
+    codes[:, order] = chosen.mT
     for _ in range(passes):
         scales = _refit_scales(w, gram, levels[codes], scales, group)
         spread = _spread(scales, group, in_)
@@ -371,28 +374,25 @@ def _refit_scales(w: Tensor, gram: Tensor, values: Tensor, scales: Tensor, group
 def _descend(w: Tensor, gram: Tensor, codes: Tensor, spread: Tensor, levels: Tensor) -> bool:
     """One pass of coordinate descent over the columns, in place on `codes`; whether any code changed."""
     out, in_ = w.shape
-    residual = w - levels[codes] * spread
-    pull = residual @ gram  # kept in step block by block
-    diagonal = gram.diagonal()
-    changed = False
-    width = 128
-    for start in range(0, in_, width):
-        stop = min(start + width, in_)
-        local = pull[:, start:stop].clone()
-        moves = torch.zeros(out, stop - start, dtype=w.dtype, device=w.device)
-        inner = gram[start:stop, start:stop]
+    # One column of the weight is one contiguous row of these.
+    chosen, by_column = codes.mT.contiguous(), spread.mT.contiguous()
+    pull = gram @ (w.mT - levels[chosen] * by_column)  # (in, out), kept in step block by block
+    inverse = 1 / gram.diagonal()
+    before = chosen.clone()
+    for start in range(0, in_, BLOCK):
+        stop = min(start + BLOCK, in_)
+        moves = torch.zeros(stop - start, out, dtype=w.dtype, device=w.device)
+        local, inner = pull[start:stop].clone(), gram[start:stop, start:stop].contiguous()
         for j in range(start, stop):
-            old = levels[codes[:, j]] * spread[:, j]
-            best = old + local[:, j - start] / diagonal[j]
-            code = _nearest(best / spread[:, j], levels)
-            fresh = levels[code] * spread[:, j]
-            move = old - fresh  # change of the residual
-            changed = changed or bool((code != codes[:, j]).any())
-            codes[:, j] = code
-            moves[:, j - start] = move
-            local += torch.outer(move, inner[j - start])
-        pull += moves @ gram[start:stop]
-    return changed
+            old = levels[chosen[j]] * by_column[j]
+            code = _nearest((old + local[j - start] * inverse[j]) / by_column[j], levels)
+            move = old - levels[code] * by_column[j]  # change of the residual
+            chosen[j] = code
+            moves[j - start] = move
+            local.addr_(inner[j - start], move)
+        pull += gram[:, start:stop] @ moves
+    codes.copy_(chosen.mT)
+    return not torch.equal(before, chosen)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,96 @@
+"""The work directory of a long run: files that are whole or absent, for one run at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from gramian.errors import GramianError
+
+
+class DamagedJournalError(GramianError):
+    """A file of the work directory is not what was written there."""
+
+
+def damaged(path: Path, what: str) -> DamagedJournalError:
+    """The error for a file that is not what it was, with the remedy."""
+    return DamagedJournalError(f"{path}: damaged journal ({what}); remove this file to make it again")
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write tensors and what JSON can say about them as one file, sealed with a checksum."""
+    whole = {key: value.detach().contiguous() for key, value in tensors.items()}
+    content = save(whole, {"description": json.dumps(description)})
+    write(path, content + hashlib.sha256(content).digest())
+
+
+def recall(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What ``keep`` wrote; None if there is no such file.
+
+    Raises:
+        DamagedJournalError: any byte is different.
+    """
+    if not path.exists():
+        return None
+    sealed = path.read_bytes()
+    content, seal = sealed[:-32], sealed[-32:]
+    if hashlib.sha256(content).digest() != seal:
+        raise damaged(path, "its checksum differs")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return load(content), json.loads(header["__metadata__"]["description"])
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, also after a crash."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(partial, path)
+
+
+@contextmanager
+def workspace(path: Path, first: str) -> Iterator[None]:
+    """The work directory, for one run at a time. An error that would come again takes it along, and so does any error
+    before there is something in it worth keeping.
+
+    Args:
+        path: made if need be.
+        first: name of the first file that is worth keeping.
+
+    Raises:
+        GramianError: another run is using it.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "lock", "w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except ImportError:
+            pass  # Windows has no such lock
+        except BlockingIOError:
+            raise GramianError(f"{path}: the same command is running already; wait for it to end") from None
+        try:
+            yield
+        except BaseException as error:
+            passing = isinstance(error, DamagedJournalError) or isinstance(error.__cause__, OSError | SafetensorError)
+            final = isinstance(error, GramianError) and not passing
+            if final or not (path / first).exists():
+                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    for folder in made:
+                        folder.rmdir()
+            raise

@@ -1,0 +1,133 @@
+"""What every layer over an operator shares: its factors as child modules, the guard tensor, and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gramian.errors import GramianError
+from gramian.ops import Operator, from_config
+
+Made = TypeVar("Made")
+
+
+class Factor(nn.Module):
+    """Holds one factor that is not a plain matrix: a batch of blocks, indices, codes."""
+
+    def __init__(self, value: Tensor, trainable: bool) -> None:
+        super().__init__()
+        if trainable:
+            self.weight = nn.Parameter(value)
+        else:
+            self.register_buffer("weight", value)
+
+    def forward(self) -> Tensor:
+        """The factor itself."""
+        return self.weight
+
+
+class Structured(nn.Module):
+    """Owns the factors of an operator, as child modules named as in ``op.factors()``.
+
+    The buffer ``weight`` has no elements: a loader that does not know this class finds a tensor whose shape cannot match
+    and fails instead of starting from random weights; it also carries dtype and device for code that asks
+    ``layer.weight``.
+
+    Args:
+        op: its factors are copied.
+        linears: hold each factor that acts as a matrix in an ``nn.Linear`` without bias, so that adapter libraries can
+            target it by name; any other is a ``Factor``.
+        reserved: further names that no factor may have.
+
+    Raises:
+        GramianError: a factor has the name of an attribute of the layer.
+    """
+
+    weight: Tensor
+
+    def __init__(self, op: Operator, *, linears: bool, reserved: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        trainable, matrices = op.trainable(), op.linear_factors() if linears else {}
+        for root in {name.partition(".")[0] for name in op.factors()}:
+            if root in ("weight", *reserved) or root in self.__dict__ or hasattr(type(self), root):
+                raise GramianError(
+                    f"{type(self).__name__}: the factor {root!r} of a {op.kind} operator has the name of an attribute "
+                    "of the layer; rename it, or use as_linear or as_embedding for a dense operator"
+                )
+        for name, value in op.factors().items():
+            _attach(self, name, value, name in trainable, name in matrices)
+        self.register_buffer("weight", torch.empty(0, dtype=op.dtype, device=op.device))
+        self._config = op.config()
+        self._template = from_config(self._config)  # on the meta device: structure without numbers
+        self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
+        self._prepared: tuple[list[Any], list[Tensor], Any] | None = None
+
+    def config(self) -> dict[str, Any]:
+        """What ``from_config`` needs; JSON-able."""
+        return self._config
+
+    @property
+    def op(self) -> Operator:
+        """The operator over the live factors; gradients flow to them."""
+        return self._template.replace(**{name: self._factor(name) for name in self._shapes})
+
+    def _holder(self, name: str) -> nn.Module:
+        module: nn.Module = self
+        for part in name.split("."):
+            module = module._modules[part]  # type: ignore[assignment]
+        return module
+
+    def _factor(self, name: str) -> Tensor:
+        holder = self._holder(name)
+        weight = holder.weight
+        assert isinstance(weight, Tensor)
+        return weight.view(self._shapes[name])
+
+    def _cached(self, make: Callable[[], Made]) -> Made | None:
+        """``make()``, kept until a factor changes; None where a change could not be seen (factors made under
+        ``torch.inference_mode``, or standing in for a function transform).
+        """
+        factors: list[Any] = [self._holder(name).weight for name in self._shapes]
+        try:
+            key = [(factor.data_ptr(), factor._version, factor.dtype) for factor in factors]
+        except RuntimeError:
+            return None
+        if self._prepared is None or self._prepared[0] != key:
+            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+                # The cache keeps hold of the factors it was made from, so that their addresses are not used again.
+                self._prepared = (key, [factor.detach() for factor in factors], make())
+        made: Made = self._prepared[2]
+        return made
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; what was prepared is made again."""
+        self._prepared = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._prepared = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+
+def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:
+    """Add a copy of `value` under the dotted `name`, making containers on the way."""
+    value = value.detach().clone(memory_format=torch.contiguous_format)
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    if matrix:
+        out, in_ = value.shape[-2:]
+        holder: nn.Module = nn.Linear(in_, out, bias=False, device="meta", dtype=value.dtype)
+        holder.weight = nn.Parameter(value.reshape(out, in_), requires_grad=trainable)
+    else:
+        holder = Factor(value, trainable)
+    root.add_module(last, holder)
