@@ -9,16 +9,23 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from common import Encoder, write
 from gramian.compression import Entry, Layer, Plan, build_entry
 from gramian.models.api import apply_built
-from gramian.models.workload import all_features, spearman
+from gramian.models.workload import Workload, all_features, spearman
 
 
-def change(encoder: Encoder, layers: dict[str, Layer], plan: Plan) -> tuple[float, float]:
+def part_of(encoder: Encoder) -> Workload:
+    """The first 96 held-out paragraphs."""
+    return replace(encoder.held_out, batches=encoder.held_out.batches[:3])
+
+
+def change(encoder: Encoder, layers: dict[str, Layer], plan: Plan, before: Tensor) -> tuple[float, float]:
     """(predicted, measured) loss: half the mean squared change of the unit embeddings on held-out text."""
     small = encoder.loaded.copy()
     predicted = 0.0
@@ -26,12 +33,7 @@ def change(encoder: Encoder, layers: dict[str, Layer], plan: Plan) -> tuple[floa
         built = build_entry(entry, layers)
         predicted += sum(built.error.values())
         apply_built(small, built)
-    texts = encoder.held_out.batches[:3]
-    work = encoder.held_out
-    part = type(work)(
-        texts, work.run, work.features, work.mask, work.outputs, work.augment, work.name, work.logits, work.kind
-    )
-    before, after = all_features(encoder.model, part), all_features(small, part)
+    after = all_features(small, part_of(encoder))
     return predicted, float((before - after).square().sum(1).mean() / 2)
 
 
@@ -47,10 +49,11 @@ def main() -> None:
     encoder = Encoder()
     grams = encoder.collect()
     layers = encoder.layers(grams)
+    before = all_features(encoder.model, part_of(encoder))
     single = []
     for name, layer in layers.items():
         plan = Plan("params", 0.5, 0, [Entry([name], "skeleton", {"rank": rank_at(layer, 0.5)}, 0, 0.0)])
-        predicted, measured = change(encoder, layers, plan)
+        predicted, measured = change(encoder, layers, plan, before)
         single.append({"layer": name, "predicted": predicted, "measured": measured})
         print(f"{name:<45} predicted {predicted:.5f} measured {measured:.5f}", flush=True)
     order = spearman(*(torch.tensor([row[key] for row in single]) for key in ("predicted", "measured")))
@@ -64,7 +67,7 @@ def main() -> None:
             keep = min(max(r.gauss(centre, 0.2), 0.1), 1.0)
             if keep < 0.95:
                 entries.append(Entry([name], "skeleton", {"rank": rank_at(layer, keep)}, 0, 0.0))
-        predicted, measured = change(encoder, layers, Plan("params", 1.0, 0, entries))
+        predicted, measured = change(encoder, layers, Plan("params", 1.0, 0, entries), before)
         plans.append({"plan": index, "predicted": predicted, "measured": measured})
         print(f"plan {index:<3} predicted {predicted:.4f} measured {measured:.4f}", flush=True)
     over = spearman(*(torch.tensor([row[key] for row in plans]) for key in ("predicted", "measured")))

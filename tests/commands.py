@@ -7,10 +7,13 @@ other: it can be killed, it has its own streams, and nothing that it does outliv
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +38,8 @@ def gramian(*arguments: object) -> Result:
 LOOP = """
 import json, os, sys, traceback
 import torch, transformers
-import transformers.models.auto.modeling_auto, transformers.models.bert.modeling_bert, transformers.tokenization_utils_tokenizers
+import transformers.models.auto.modeling_auto, transformers.models.bert.modeling_bert
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import gramian.cli.main, gramian.models.job, gramian.models.huggingface, gramian.models.sentence_encoder
 import gramian.report.compress_page, gramian.report.terminal
 torch.set_num_threads(1)
@@ -95,3 +99,16 @@ class Launcher:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(30)
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The one launcher of this test session."""
+    made = Launcher(Path(tempfile.mkdtemp()))
+    atexit.register(made.close)
+    return made
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file and folder under `folder`, hidden ones too, with what the files hold."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}

@@ -229,8 +229,9 @@ def _build_embedding(layer: Layer, kind: str, size: Mapping[str, Any]) -> Built:
         # size of the table's entries, whatever the unit of the gradients.
         op: Operator = pair.balanced.to(dtype=weight.dtype)
     elif kind == "quantized":
+        # Feedback alone: of tens of thousands of rows most are rare, and each further pass costs as much as the first.
         parts = [
-            Quantized.fit(weight[i : i + ROWS_AT_ONCE], gram_in=layer.gram_in, bits=int(size["bits"]))
+            Quantized.fit(weight[i : i + ROWS_AT_ONCE], gram_in=layer.gram_in, bits=int(size["bits"]), passes=0)
             for i in range(0, len(weight), ROWS_AT_ONCE)
         ]
         op = parts[0].replace(

@@ -31,7 +31,7 @@ class Healing:
     """
 
     steps: int = 100
-    rate: float = 1e-3
+    rate: float = 3e-4
     states: float = 1.0
     seed: int = 0
     pool: int = 3
@@ -85,6 +85,8 @@ def heal(
     trained: dict[str, nn.Parameter] = {}
     frozen: list[nn.Parameter] = []
     chosen = tuple(f"{name}." for name in layers)
+    if not any(key.startswith(chosen) and ".scales." not in key for key, _ in student.named_parameters()):
+        return []  # a rounded embedding has no bias either
     for key, p in student.named_parameters():
         if key.startswith(chosen) and ".scales." not in key:
             p.requires_grad_(True)

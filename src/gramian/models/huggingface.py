@@ -130,8 +130,10 @@ class GramianQuantizer(HfQuantizer):  # type: ignore[misc]
         """``torch.compile`` works."""
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         restore_dense(model)
+        if isinstance(dtype, str):  # what `save_pretrained` leaves in the configuration
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
 

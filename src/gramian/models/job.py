@@ -8,6 +8,7 @@ healing), so a killed run goes on where it was and ends with the same bytes. The
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -67,7 +68,7 @@ class Settings:
     structures: str = "auto"
     objective: str = "auto"
     heal: int = 0
-    rate: float = 1e-3
+    rate: float = 3e-4
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -158,13 +159,14 @@ class Job:
         free_disk = shutil.disk_usage(parent).free
         if need_disk > free_disk:
             raise GramianError(
-                f"--out {self.out}: needs about {need_disk / 1e9:.1f} GB on disk, {free_disk / 1e9:.1f} GB are free"
+                f"--out {self.out}: needs about {need_disk / 1e6:,.0f} MB on disk, {free_disk / 1e6:,.0f} MB are free; "
+                "choose another directory"
             )
         need_memory = 3 * file_bytes + 2 * gram_bytes
         free_memory = _free_memory()
         if free_memory and need_memory > free_memory:
             raise GramianError(
-                f"needs about {need_memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free; "
+                f"needs about {need_memory / 1e6:,.0f} MB of memory, {free_memory / 1e6:,.0f} MB are free; "
                 "leave layers out with --exclude"
             )
         return {
@@ -428,6 +430,7 @@ class Job:
             },
             "settings": {
                 **asdict(s),
+                "structures": list(resolve_structures(s.structures, s.cost)),
                 "calibration": {
                     "source": self.loaded.corpus.source,
                     "texts": len(self.loaded.corpus.calibration),
@@ -600,28 +603,35 @@ def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
     if chosen.cost not in COSTS:
         raise GramianError(f"plan: unknown cost {chosen.cost!r}; expected one of {', '.join(COSTS)}")
     kinds = structures()
-    for entry in chosen.entries:
-        names = ", ".join(entry.layers)
-        if entry.structure in JOINT:
-            last = layers[entry.layers[-1]].shape[1]
-            key, most = (
-                ("width", last) if entry.structure == "neurons" else ("dimensions", layers[entry.layers[0]].shape[0])
-            )
-            size = entry.size.get(key)
-            if not isinstance(size, int) or not 1 <= size <= most:
-                raise GramianError(f"plan: {names}: {entry.structure} of {key} {size}; expected 1 to {most}")
+    for index, entry in enumerate(chosen.entries):
+        kind, shapes = entry.structure, [layers[name].shape for name in entry.layers]
+        where = f"plan: entry {index} ({', '.join(entry.layers)}): {kind}"
+        if not shapes:
+            raise GramianError(f"plan: entry {index} names no layer")
+        if kind == "dense":
             continue
-        if entry.structure not in kinds:
-            known = [*kinds, *JOINT]
-            raise GramianError(f"plan: {names}: unknown structure {entry.structure!r}{nearest(entry.structure, known)}")
-        if len(entry.layers) != 1:
-            raise GramianError(
-                f"plan: structure {entry.structure!r} is for one layer; found {len(entry.layers)}: {names}"
-            )
-        try:
-            kinds[entry.structure].init(layers[names].shape, generator=torch.Generator(), **entry.size)
-        except (GramianError, TypeError, ValueError) as error:
-            raise GramianError(f"plan: layer {names}: {entry.structure} of {entry.size}: {error}") from None
+        if kind in JOINT:
+            limits = {"width": shapes[-1][1]} if kind == "neurons" else {"dimensions": shapes[0][0]}
+            known = {*limits, "bits"}
+        elif kind in kinds and kinds[kind].fittable:
+            if len(shapes) > 1:
+                raise GramianError(f"{where} is for one layer, found {len(shapes)}")
+            limits = {"rank": min(shapes[0])}
+            known = set(inspect.signature(kinds[kind].fit).parameters) - {"weight", "gram_in", "gram_out", "size"}
+        else:
+            raise GramianError(f"{where}: unknown structure{nearest(kind, [*kinds, *JOINT])}")
+        for key in (*limits, *entry.size):
+            if key not in known:
+                if key in entry.size:
+                    raise GramianError(f"{where}: unknown size {key!r}; expected {', '.join(sorted(known))}")
+                continue
+            value, most = entry.size.get(key), {**limits, "bits": 8}.get(key)
+            if (
+                most is not None
+                and (key in limits or value is not None)
+                and not (type(value) is int and 1 <= value <= most)
+            ):
+                raise GramianError(f"{where}: {key} {value}; expected 1 to {most}")
 
 
 def _check_groups(chosen: Plan, grams: Grams) -> None:

