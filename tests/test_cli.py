@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,8 @@ def test_the_page_opens(first: tuple[Path, dict[str, Any]]) -> None:
     reader.feed(page)
     assert page.lower().startswith("<!doctype html>")
     assert "@import" not in page
-    assert "of the whole model" in reader.words
+    assert "Kept, whole model" in reader.words
+    assert "Kept, chosen layers" in reader.words
     assert "attention.self.query" in reader.words
 
 
@@ -165,10 +167,10 @@ def test_tables_and_the_same_bytes_again(
     out = tmp_path / "again"
     done = succeed(launch("compress", encoder_directory, "--data", data, "--out", out))
     # "Kept" twice: a person who asks for half of the layers does not get half a model.
+    found = re.search(r"Kept: ([\d.]+).% of the chosen layers, ([\d.]+).% of the whole model", done.out)
+    assert found is not None
     kept = first[1]["kept"]
-    assert (
-        f"Kept: {100 * kept['layers']:.1f} % of the chosen layers, {100 * kept['model']:.1f} % of the whole" in done.out
-    )
+    assert [float(x) for x in found.groups()] == pytest.approx([100 * kept["layers"], 100 * kept["model"]], abs=0.06)
     assert "budget: met" in done.out
     assert str(out / "report.html") in done.out
     assert done.err.split("\n") == ["collecting Grams ...", "planning ...", "fitting ...", ""]
@@ -636,13 +638,12 @@ def entry(layers: list[str], structure: str, **size: Any) -> dict[str, Any]:
         ([entry(LAYERS[4:6], "neurons", width=129)], ["neurons", "129", "1 to 128"]),
         ([entry(LAYERS[4:6], "neurons", width=True)], ["neurons", "width True"]),
         ([entry(LAYERS[4:6], "neurons", width=9, bits=9)], ["neurons", "bits 9"]),
-        ([entry(LAYERS[4:6], "neurons", widht=9)], ["neurons", "width None"]),
+        ([entry(LAYERS[4:6], "neurons", widht=9)], ["neurons", "unknown size 'widht'", "expected bits, width"]),
         ([entry(LAYERS[3:5], "neurons", width=8)], ["neurons", LAYERS[3], "fits no group"]),
         ([entry([LAYERS[4]], "neurons", width=8)], ["neurons", LAYERS[4], "fits no group"]),
         ([entry(LAYERS[:2], "query_key", dimensions=8)], ["query_key", "0 heads"]),
         ([{"structure": "skeleton"}], ["entry 0", "layers"]),
         (["skeleton"], ["entry 0"]),
-        ([entry([QUERY], "block_low_rank", rank=3, blocks=[5000, 1])], [QUERY, "blocks"]),
     ],
 )
 def test_plans_that_are_wrong(
@@ -669,7 +670,6 @@ def test_plans_that_are_wrong(
         (b'{"gramian": "plan", "schema": 9}', "schema 9"),
         (b'{"gramian": "plan", "schema": 1, "entries": []}', "cost"),
         (b'{"gramian": "plan", "schema": 1, "cost": "hours", "keep": 0.5, "budget": 1, "entries": []}', "'hours'"),
-        (b'{"gramian": "plan", "schema": 1, "cost": "params", "keep": 0.5, "budget": 1, "entries": 5}', "entries"),
     ],
 )
 def test_plan_files_that_are_none(

@@ -34,7 +34,7 @@ class Healing:
     rate: float = 3e-4
     states: float = 1.0
     seed: int = 0
-    pool: int = 3
+    pool: int = 4
 
 
 def heal(

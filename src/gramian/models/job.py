@@ -602,10 +602,10 @@ def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
     """
     if chosen.cost not in COSTS:
         raise GramianError(f"plan: unknown cost {chosen.cost!r}; expected one of {', '.join(COSTS)}")
-    kinds = structures()
+    kinds = {kind: cls for kind, cls in structures().items() if cls.fittable}
     for index, entry in enumerate(chosen.entries):
         kind, shapes = entry.structure, [layers[name].shape for name in entry.layers]
-        where = f"plan: entry {index} ({', '.join(entry.layers)}): {kind}"
+        where = f"plan: entry {index} ({', '.join(entry.layers)})"
         if not shapes:
             raise GramianError(f"plan: entry {index} names no layer")
         if kind == "dense":
@@ -613,25 +613,22 @@ def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
         if kind in JOINT:
             limits = {"width": shapes[-1][1]} if kind == "neurons" else {"dimensions": shapes[0][0]}
             known = {*limits, "bits"}
-        elif kind in kinds and kinds[kind].fittable:
+        elif kind in kinds:
             if len(shapes) > 1:
-                raise GramianError(f"{where} is for one layer, found {len(shapes)}")
+                raise GramianError(f"{where}: {kind} is for one layer, found {len(shapes)}")
             limits = {"rank": min(shapes[0])}
             known = set(inspect.signature(kinds[kind].fit).parameters) - {"weight", "gram_in", "gram_out", "size"}
         else:
-            raise GramianError(f"{where}: unknown structure{nearest(kind, [*kinds, *JOINT])}")
-        for key in (*limits, *entry.size):
+            raise GramianError(f"{where}: unknown structure {kind!r}{nearest(kind, [*kinds, *JOINT])}")
+        for key in entry.size:
             if key not in known:
-                if key in entry.size:
-                    raise GramianError(f"{where}: unknown size {key!r}; expected {', '.join(sorted(known))}")
-                continue
-            value, most = entry.size.get(key), {**limits, "bits": 8}.get(key)
-            if (
-                most is not None
-                and (key in limits or value is not None)
-                and not (type(value) is int and 1 <= value <= most)
-            ):
-                raise GramianError(f"{where}: {key} {value}; expected 1 to {most}")
+                raise GramianError(f"{where}: {kind}: unknown size {key!r}; expected {', '.join(sorted(known))}")
+        if "bits" in entry.size:
+            limits["bits"] = 8
+        for key, most in limits.items():
+            value = entry.size.get(key)
+            if key in known and not (type(value) is int and 1 <= value <= most):
+                raise GramianError(f"{where}: {kind}: {key} {value}; expected 1 to {most}")
 
 
 def _check_groups(chosen: Plan, grams: Grams) -> None:

@@ -15,6 +15,8 @@ from gramian.errors import GramianError
 from gramian.grams.collect import Objective
 
 Batch = Any
+STRANGE = 0.4
+"""Most tokens of a recombined text, as a share, that are drawn from the whole vocabulary."""
 
 
 @dataclass
@@ -194,6 +196,9 @@ def text_workload(
         for i in range(0, len(order), batch_size)
     ]
 
+    special = set(tokenizer.all_special_ids)
+    words = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special])
+
     def run(model: nn.Module, batch: Batch) -> Any:
         return model(**batch)
 
@@ -222,17 +227,24 @@ def text_workload(
         features,
         lambda batch: batch["attention_mask"],
         outputs,
-        recombine,
+        lambda batch, generator: recombine(batch, generator, words),
         "cosine of sentence embeddings",
         logits if language_model else None,
         kind="text",
     )
 
 
-def recombine(batch: Batch, generator: torch.Generator) -> Batch:
-    """New token sequences from a padded batch: each joins a span of one sequence to a span of another.
+def recombine(batch: Batch, generator: torch.Generator, words: Tensor) -> Batch:
+    """New token sequences from a padded batch: each joins a span of one sequence to a span of another, and some of its
+    tokens (a share up to `STRANGE`, drawn for each sequence) become other words of the vocabulary: calibration texts show
+    but a part of it.
 
     Special tokens at the ends (the first and last real token) stay where they are; lengths do not grow.
+
+    Args:
+        batch: input_ids and attention_mask (B, T).
+        generator: of the draws.
+        words: (n,) token ids to draw from.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     fresh_ids, fresh_mask = ids.clone(), torch.zeros_like(batch["attention_mask"])
@@ -249,7 +261,10 @@ def recombine(batch: Batch, generator: torch.Generator) -> Batch:
             stop = start + 1 + int(cuts[1] * (len(inner) - start))
             begin = int(cuts[2] * len(added))
             body = torch.cat([inner[start:stop], added[begin:]])[: ids.shape[1] - 2]
-            joined = torch.cat([own[:1], body, own[-1:]])
+            share = STRANGE * torch.rand((), generator=generator)
+            strange = torch.rand(len(body), generator=generator) < share
+            drawn = words[torch.randint(0, len(words), (len(body),), generator=generator)]
+            joined = torch.cat([own[:1], torch.where(strange, drawn, body), own[-1:]])
         place = torch.arange(len(joined)) + (0 if bool(mask[i, 0]) else ids.shape[1] - len(joined))
         fresh_ids[i, place], fresh_mask[i, place] = joined, 1
     return {**batch, "input_ids": fresh_ids, "attention_mask": fresh_mask}

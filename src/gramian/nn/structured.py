@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Self, TypeVar
 
 import torch
@@ -40,6 +40,7 @@ class Structured(nn.Module):
         op: its factors are copied.
         linears: hold each factor that acts as a matrix in an ``nn.Linear`` without bias, so that adapter libraries can
             target it by name; any other is a ``Factor``.
+        fixed: names of floating-point factors that are buffers here, not parameters.
         reserved: further names that no factor may have.
 
     Raises:
@@ -48,9 +49,11 @@ class Structured(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, op: Operator, *, linears: bool, reserved: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, op: Operator, *, linears: bool, fixed: Collection[str] = (), reserved: Collection[str] = ()
+    ) -> None:
         super().__init__()
-        trainable, matrices = op.trainable(), op.linear_factors() if linears else {}
+        trainable, matrices = op.trainable().keys() - set(fixed), op.linear_factors() if linears else {}
         for root in {name.partition(".")[0] for name in op.factors()}:
             if root in ("weight", *reserved) or root in self.__dict__ or hasattr(type(self), root):
                 raise GramianError(

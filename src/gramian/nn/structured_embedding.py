@@ -33,7 +33,11 @@ class StructuredEmbedding(Structured):
     """
 
     def __init__(self, op: Operator, padding_idx: int | None = None) -> None:
-        super().__init__(op, linears=False, reserved=("num_embeddings", "embedding_dim", "padding_idx"))
+        # Libraries take a model's dtype from its first parameter, and a table is often the first layer: scales that are
+        # stored in half precision must not speak for the model.
+        fixed = [name for name, value in op.trainable().items() if value.dtype != op.dtype]
+        names = ("num_embeddings", "embedding_dim", "padding_idx")
+        super().__init__(op, linears=False, fixed=fixed, reserved=names)
         self.num_embeddings, self.embedding_dim = op.shape
         if padding_idx is not None and not -op.shape[0] <= padding_idx < op.shape[0]:
             raise GramianError(f"StructuredEmbedding: padding_idx {padding_idx}; expected a row of {op.shape[0]}")
