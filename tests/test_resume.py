@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, Launcher, Result, launcher, listing
 
+from commands import ENVIRONMENT, Launcher, Result, launcher, listing
 from gramian.errors import GramianError
 from gramian.models import journal
 
@@ -378,7 +378,7 @@ journal.write = write""",
         }[moment]
     )
     done = launch(*command, before=before)
-    refuse(done, f"out", "No space left on device")
+    refuse(done, "out", "No space left on device")
     assert not out.exists()
     if moment == "Grams":
         assert not list(tmp_path.iterdir())

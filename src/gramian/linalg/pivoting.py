@@ -33,9 +33,7 @@ def pivoted_rows(matrix: Tensor, count: int) -> Tensor:
     return chosen.nonzero().squeeze(1)
 
 
-def pivoted_nystrom(
-    gram: Tensor, reader: Tensor, *, block: int = 64, jitter: float = 1e-7
-) -> tuple[Tensor, Tensor]:
+def pivoted_nystrom(gram: Tensor, reader: Tensor, *, block: int = 64, jitter: float = 1e-7) -> tuple[Tensor, Tensor]:
     """Order coordinates so that keeping the first k of them loses least of what a linear reader makes of them.
 
     Keeping the set J and predicting the rest linearly from it leaves the error ``tr(Y S_J Y^T)``, Y the reader and S_J the
