@@ -31,7 +31,7 @@ class Result(NamedTuple):
 def gramian(*arguments: object) -> Result:
     """Run ``gramian`` with `arguments` in a new interpreter."""
     command = [sys.executable, "-m", "gramian.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

@@ -394,8 +394,8 @@ def test_what_is_left_alone_and_why() -> None:
     assert list(found.embeddings) == ["words"]
     assert list(found.layers) == ["layer"]
     assert "tied" in reasons["tied"]
-    assert reasons["scaled"] == "a Scaled that computes more than a look-up"
-    assert reasons["renormalised"] == "a Embedding that renormalises its rows"
+    assert reasons["scaled"] == "computes more than a look-up (Scaled)"
+    assert reasons["renormalised"] == "computes more than a look-up (renormalises its rows)"
     assert reasons["positions"] == "an embedding of few rows"
     assert reasons["excluded"] == "excluded"
     assert "words" in {entry["name"] for entry in find_layers(model).left_alone}

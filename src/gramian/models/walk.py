@@ -101,8 +101,8 @@ def find_layers(
                 elif len(owners[id(module.weight)]) > 1:
                     found.left_alone.append({"name": name, "reason": "its weight is tied to another layer's"})
                 elif type(module) is not nn.Embedding or module.max_norm is not None:
-                    what = "renormalises its rows" if type(module) is nn.Embedding else "computes more than a look-up"
-                    found.left_alone.append({"name": name, "reason": f"a {type(module).__name__} that {what}"})
+                    more = "renormalises its rows" if module.max_norm is not None else type(module).__name__
+                    found.left_alone.append({"name": name, "reason": f"computes more than a look-up ({more})"})
                 elif module.weight.shape[0] > 4 * module.weight.shape[1]:
                     found.embeddings[name] = module
                 else:
