@@ -32,7 +32,7 @@ from gramian.grams import Grams
 from gramian.linalg import svdvals
 from gramian.models.api import Progress, apply_built, as_layer, build_all, check_plan, collect, planning_layers
 from gramian.models.heal import Healing, heal
-from gramian.models.journal import damaged, keep, recall, workspace, write
+from gramian.models.journal import damaged, disk_error, keep, recall, workspace, write
 from gramian.models.loading import Loaded, load_model
 from gramian.models.walk import bias_of, check_finite, find_layers
 from gramian.models.workload import Workload, agreement, all_features
@@ -199,11 +199,13 @@ class Job:
         try:
             with workspace(work, GRAMS):
                 return self._work(work, calibration, started)
-        except OSError as error:  # a full disk, a directory that went away
+        except Exception as error:
+            cause = disk_error(error)
+            if cause is None:
+                raise
             raise GramianError(
-                f"--out {self.out} cannot be written: {error.strerror or error}; "
-                "see to that and run the same command again to go on"
-            ) from error
+                f"--out {self.out} cannot be written: {cause}; see to that and run the same command again to go on"
+            ) from cause
 
     def _work(self, work: Path, calibration: Workload, started: float) -> dict[str, Any]:
         s, loaded = self.settings, self.loaded

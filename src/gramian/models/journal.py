@@ -60,6 +60,11 @@ def write(path: Path, content: bytes) -> None:
     os.rename(partial, path)
 
 
+def disk_error(error: BaseException) -> BaseException | None:
+    """What the disk said, if that is why `error` was raised."""
+    return next((e for e in (error, error.__cause__) if isinstance(e, OSError | SafetensorError)), None)
+
+
 @contextmanager
 def workspace(path: Path, first: str) -> Iterator[None]:
     """The work directory, for one run at a time. An error that would come again takes it along, and so does any error
@@ -86,7 +91,7 @@ def workspace(path: Path, first: str) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            passing = isinstance(error, DamagedJournalError) or isinstance(error.__cause__, OSError | SafetensorError)
+            passing = isinstance(error, DamagedJournalError) or disk_error(error) is not None
             final = isinstance(error, GramianError) and not passing
             if final or not (path / first).exists():
                 shutil.rmtree(path, ignore_errors=True)
