@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import pickle
@@ -531,6 +532,7 @@ def python(code: str, *arguments: object, home: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("sentence_transformers"), reason="needs sentence-transformers")
 def test_the_whole_job(encoder_directory: Path, encoder: nn.Module, texts: list[str], tmp_path: Path) -> None:
     """From a sentence-transformers directory and text to one that a fresh process loads, or refuses without gramian."""
     from transformers import AutoModel, AutoTokenizer
