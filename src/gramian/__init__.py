@@ -18,6 +18,7 @@ _WHERE = {
     "Grams": "gramian.grams",
     "Operator": "gramian.ops",
     "Plan": "gramian.compression",
+    "StructuredEmbedding": "gramian.nn",
     "StructuredLinear": "gramian.nn",
     "Workload": "gramian.models.workload",
     "collect": "gramian.models.api",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from gramian.models.huggingface import save_huggingface
     from gramian.models.sentence_encoder import save_sentence_transformer
     from gramian.models.workload import Workload
-    from gramian.nn import StructuredLinear
+    from gramian.nn import StructuredEmbedding, StructuredLinear
     from gramian.ops import Operator
     from gramian.spectra import spectrum
 

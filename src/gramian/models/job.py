@@ -559,16 +559,16 @@ def _bytes(model: nn.Module) -> int:
 def _speed(before: nn.Module, after: nn.Module, loaded: Loaded) -> list[dict[str, float]]:
     """Median milliseconds of both models on random tokens, taken in turn."""
     rows = []
-    for batch, tokens, repeats in ((1, 16, 15), (16, 128, 5)):
+    for batch, tokens, repeats in ((1, 16, 60), (16, 128, 7)):
         inputs = loaded.random_batch(batch, tokens)
         if inputs is None:
             return []
         taken: list[list[float]] = [[], []]
-        for repeat in range(repeats + 1):
+        for repeat in range(repeats + 3):
             for which, model in enumerate((before, after)):
                 start = time.perf_counter()
                 model(**inputs)
-                if repeat:
+                if repeat > 2:
                     taken[which].append((time.perf_counter() - start) * 1e3)
         median = [sorted(t)[len(t) // 2] for t in taken]
         tokens = inputs["input_ids"].shape[1]  # fewer where the model takes fewer

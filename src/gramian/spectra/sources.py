@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.errors import GramianError, nearest
-from gramian.nn import StructuredLinear
+from gramian.nn.structured import Structured
 from gramian.ops import Operator, from_config
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -110,7 +110,7 @@ def _from_module(model: nn.Module) -> Source:
     for name, module in model.named_modules():
         if any(map(name.startswith, structured)) or ".parametrizations" in f".{name}":
             continue
-        if isinstance(module, StructuredLinear):
+        if isinstance(module, Structured):
             structured.append(f"{name}." if name else "")
             source.layers[name or "weight"] = partial(getattr, module, "op")
             continue
