@@ -145,6 +145,30 @@ class BlockLowRank(Operator):
         y = y.reshape(-1, j * s)[:, : self.rows]
         return y.reshape(*batch, self.rows)
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        """Between the two batched products lies a view: rows of z are contiguous runs of the batch, so nothing is copied
+        there. Strided rows or columns cost one copy each, of whole runs of the batch.
+        """
+        (j, s, tk), (k, _, p) = self.left.shape, self.right.shape
+        if j == 1 and k == 1:
+            return self.left[0] @ (self.right[0] @ x)
+        batch = x.shape[1]
+        if k * p > self.columns:
+            x = F.pad(x, (0, 0, 0, k * p - self.columns))
+        blocks = x.reshape(p, k, batch).transpose(0, 1) if self.strided_columns else x.reshape(k, p, batch)
+        z = self.right @ blocks  # (K, J t, B)
+        t = tk // k
+        if j == 1:
+            gathered = z.transpose(0, 1).reshape(1, tk, batch) if t > 1 and k > 1 else z.reshape(1, tk, batch)
+        elif t == 1:
+            gathered = z.transpose(0, 1)  # (J, K, B), a view whose rows are contiguous
+        else:
+            gathered = z.reshape(k, j, t, batch).permute(1, 2, 0, 3).reshape(j, tk, batch)
+        y = self.left @ gathered  # (J, s, B)
+        if self.strided_rows:
+            y = y.transpose(0, 1)
+        return y.reshape(j * s, batch)[: self.rows]
+
     def transpose(self) -> BlockLowRank:
         (j, s, tk), (k, _, p) = self.left.shape, self.right.shape
         t = tk // k

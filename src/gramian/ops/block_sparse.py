@@ -63,6 +63,17 @@ class BlockSparse(Operator):
         y = y.transpose(0, 1).reshape(-1, r * height)[:, : self.rows]
         return y.reshape(*batch, self.rows)
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        r, c, height, width = self.values.shape
+        padded = self._column_blocks() * width
+        if padded > self.columns:
+            x = F.pad(x, (0, 0, 0, padded - self.columns))
+        batch = x.shape[1]
+        blocks = x.reshape(padded // width, width, batch)
+        gathered = blocks.index_select(0, self.index.reshape(-1)).reshape(r, c * width, batch)
+        y = self.values.transpose(1, 2).reshape(r, height, c * width) @ gathered
+        return y.reshape(r * height, batch)[: self.rows]
+
     def dense(self) -> Tensor:
         r, _, height, width = self.values.shape
         full = self.values.new_zeros(r, self._column_blocks(), height, width)

@@ -53,6 +53,12 @@ class Sum(_Composite):
             y = y + part.apply(x)
         return y
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        y = self.parts[0].apply_columns(x)
+        for part in self.parts[1:]:
+            y = y + part.apply_columns(x)
+        return y
+
     def dense(self) -> Tensor:
         first, *others = self._dense_parts()
         for other in others:
@@ -98,6 +104,11 @@ class Product(_Composite):
             x = part.apply(x)
         return x
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            x = part.apply_columns(x)
+        return x
+
     def dense(self) -> Tensor:
         full = self.parts[-1].dense().to(self.device, self.dtype)
         for part in reversed(self.parts[:-1]):
@@ -134,6 +145,9 @@ class Transpose(Operator):
 
     def apply(self, x: Tensor) -> Tensor:
         return x @ self.base.dense().to(x.dtype)
+
+    def apply_columns(self, x: Tensor) -> Tensor:
+        return self.base.dense().to(x.dtype).mT @ x
 
     def transpose(self) -> Operator:
         return self.base
@@ -173,6 +187,9 @@ class Scaled(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return self.factor * self.base.apply(x)
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        return self.factor * self.base.apply_columns(x)
+
     def dense(self) -> Tensor:
         return self.factor * self.base.dense().to(self.device, self.dtype)
 
@@ -205,6 +222,13 @@ class Kron(Operator):
         y = self.right.apply(x.reshape(*batch, self.left.shape[1], self.right.shape[1]))
         return self.left.apply(y.mT).mT.reshape(*batch, self.shape[0])
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        """The left factor needs no copy: its columns are whole runs of (right, batch)."""
+        (a, b), (c, d), batch = self.left.shape, self.right.shape, x.shape[1]
+        first = x.reshape(b, d, batch).transpose(0, 1).reshape(d, b * batch)
+        y = self.right.apply_columns(first).reshape(c, b, batch).transpose(0, 1)
+        return self.left.apply_columns(y.reshape(b, c * batch)).reshape(a * c, batch)
+
     def dense(self) -> Tensor:
         left, right = (op.dense().to(self.device, self.dtype) for op in (self.left, self.right))
         # torch.kron refuses some strides, even of tensors that call themselves contiguous.
@@ -236,6 +260,10 @@ class BlockDiag(_Composite):
     def apply(self, x: Tensor) -> Tensor:
         pieces = torch.split(x, [part.shape[1] for part in self.parts], dim=-1)
         return torch.cat([part.apply(piece) for part, piece in zip(self.parts, pieces, strict=True)], dim=-1)
+
+    def apply_columns(self, x: Tensor) -> Tensor:
+        pieces = torch.split(x, [part.shape[1] for part in self.parts])
+        return torch.cat([part.apply_columns(piece) for part, piece in zip(self.parts, pieces, strict=True)])
 
     def dense(self) -> Tensor:
         full: Tensor = torch.block_diag(*self._dense_parts())  # type: ignore[no-untyped-call]

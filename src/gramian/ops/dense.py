@@ -37,6 +37,9 @@ class Dense(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        return self.weight @ x
+
     def transpose(self) -> Dense:
         return Dense(self.weight.mT)
 

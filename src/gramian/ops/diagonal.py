@@ -37,6 +37,10 @@ class Diagonal(Operator):
         self._check(x.shape[-1] == len(self.values), f"x (..., {len(self.values)})")
         return x * self.values
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        self._check(x.shape[0] == len(self.values), f"x ({len(self.values)}, batch)")
+        return x * self.values[:, None]
+
     def transpose(self) -> Diagonal:
         return self
 
@@ -87,6 +91,10 @@ class Identity(Operator):
         self._check(x.shape[-1] == self.size, f"x (..., {self.size})")
         return x
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        self._check(x.shape[0] == self.size, f"x ({self.size}, batch)")
+        return x
+
     def transpose(self) -> Identity:
         return self
 
@@ -116,6 +124,10 @@ class Permutation(Operator):
     def apply(self, x: Tensor) -> Tensor:
         self._check(x.shape[-1] == len(self.index), f"x (..., {len(self.index)})")
         return x.index_select(-1, self.index)
+
+    def apply_columns(self, x: Tensor) -> Tensor:
+        self._check(x.shape[0] == len(self.index), f"x ({len(self.index)}, batch)")
+        return x.index_select(0, self.index)
 
     def transpose(self) -> Permutation:
         return Permutation(torch.argsort(self.index).to(self.index.dtype))
@@ -156,6 +168,12 @@ class Selection(Operator):
         if not self.scatter:
             return x.index_select(-1, self.index)
         return x.new_zeros(*x.shape[:-1], self.size).index_copy(-1, self.index.long(), x)
+
+    def apply_columns(self, x: Tensor) -> Tensor:
+        self._check(x.shape[0] == self.shape[1], f"x ({self.shape[1]}, batch)")
+        if not self.scatter:
+            return x.index_select(0, self.index)
+        return x.new_zeros(self.size, x.shape[1]).index_copy(0, self.index.long(), x)
 
     def transpose(self) -> Selection:
         return Selection(self.index, self.size, not self.scatter)

@@ -65,6 +65,16 @@ class KroneckerSum(Operator):
         y = self.left.transpose(0, 1).reshape(m1, terms * n1) @ inner  # (B, m1, m2)
         return y.reshape(-1, m1 * m2)[:, : self.rows].reshape(*batch, self.rows)
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        (terms, m1, n1), (_, m2, n2) = self.left.shape, self.right.shape
+        batch = x.shape[1]
+        if n1 * n2 > self.columns:
+            x = F.pad(x, (0, 0, 0, n1 * n2 - self.columns))
+        inner = self.right.reshape(terms * m2, n2) @ x.reshape(n1, n2, batch)  # (n1, K m2, B)
+        inner = inner.reshape(n1, terms, m2 * batch).transpose(0, 1).reshape(terms * n1, m2 * batch)
+        y = self.left.transpose(0, 1).reshape(m1, terms * n1) @ inner
+        return y.reshape(m1 * m2, batch)[: self.rows]
+
     def transpose(self) -> KroneckerSum:
         return KroneckerSum(self.left.mT, self.right.mT, self.columns, self.rows)
 

@@ -73,6 +73,10 @@ class Skeleton(Operator):
         pair = self.pair()
         return F.linear(F.linear(x, pair.right[0]), pair.left[0])
 
+    def apply_columns(self, x: Tensor) -> Tensor:
+        pair = self.pair()
+        return pair.left[0] @ (pair.right[0] @ x)
+
     def transpose(self) -> Skeleton:
         return Skeleton(self.basis, self.coefficients, self.order, not self.by_columns)
 

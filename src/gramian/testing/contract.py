@@ -84,12 +84,31 @@ def check_product(op: Operator) -> None:
     _close(op @ x.mT, matrix @ x.mT, "operator @ matrix")
 
 
+def check_columns(op: Operator) -> None:
+    """The feature-major product ``apply_columns`` equals the dense matrix on (in, B), also transposed and empty, and passes
+    the same gradients.
+    """
+    op = _wide(op)
+    matrix = _matrix(op)
+    for batch in (7, 1, 0):
+        x = _normal(op.shape[1], batch)
+        _close(op.apply_columns(x), matrix @ x, f"apply_columns to {(op.shape[1], batch)}")
+    x = _normal(5, op.shape[1]).mT.requires_grad_()
+    y = op.apply_columns(x)
+    _close(y, matrix @ x, "apply_columns to a transposed input")
+    probe = _normal(*y.shape, seed=1)
+    if y.requires_grad:
+        (gradient,) = torch.autograd.grad((y * probe).sum(), x)
+        _close(gradient, matrix.mT @ probe, "gradient of apply_columns")
+
+
 def check_wrong_input(op: Operator) -> None:
     """Input of another size raises; it is never broadcast, cut or padded in silence."""
     op = _wide(op)
     in_ = op.shape[1]
     for wrong in {in_ + 1, max(in_ - 1, 0), 1, 2 * in_} - {in_}:
         _raises(partial(op.apply, _normal(3, wrong)), f"apply to (3, {wrong}) with in = {in_}")
+        _raises(partial(op.apply_columns, _normal(wrong, 3)), f"apply_columns to ({wrong}, 3) with in = {in_}")
 
 
 def check_transpose(op: Operator) -> None:
@@ -292,6 +311,7 @@ def check_layer(op: Operator) -> None:
 
 operator_checks: tuple[Callable[[Operator], None], ...] = (
     check_product,
+    check_columns,
     check_wrong_input,
     check_transpose,
     check_gradients,
