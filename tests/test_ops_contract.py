@@ -323,7 +323,7 @@ class _RunsAnotherPair(BlockLowRank):
     kind: ClassVar[str] = "faulty_pair_of_a_test"
 
     def runtime(self) -> Operator:
-        return Dense(self.dense() * 1.001)
+        return BlockLowRank(self.left * 1.001, self.right, *self.shape)
 
 
 def test_the_contract_catches_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ __all__ = [
     "Grams",
     "Operator",
     "Plan",
+    "StructuredEmbedding",
     "StructuredLinear",
     "Workload",
     "__version__",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
+from gramian.execution import Prepared
 from gramian.nn.structured import Factor, Structured
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
@@ -21,10 +21,10 @@ class StructuredLinear(Structured):
     ``weight`` has no elements: a loader that does not know this class finds a tensor whose shape cannot match and fails
     instead of starting from random weights; it also carries dtype and device for code that asks ``layer.weight``.
 
-    Without gradients the layer runs ``op.runtime()`` (a factor pair or the materialised matrix, whichever is faster),
-    made once and made again when a factor changes. With gradients it runs the stored factors. A change that torch
-    does not count (through ``parameter.data``, or by a fused optimizer) is seen after the next pass with gradients or
-    the next ``train()`` / ``eval()``.
+    Without gradients the layer runs in the form that ``gramian.execution`` chooses for the batch (the structure, or the
+    materialised matrix, in the layout that is fastest), made once and made again when a factor changes. With gradients
+    it runs the stored factors. A change that torch does not count (through ``parameter.data``, or by a fused optimizer)
+    is seen after the next pass with gradients or the next ``train()`` / ``eval()``.
 
     Args:
         op: shape (out, in); its factors are copied.
@@ -73,23 +73,14 @@ class StructuredLinear(Structured):
                     return False
         return True
 
-    def prepared(self) -> Operator:
-        """The operator in the form that runs fastest, cached until a factor changes; the operator itself where a change
-        could not be seen (factors made under ``torch.inference_mode``, or standing in for a function transform).
+    def prepared(self) -> Prepared:
+        """What runs without gradients: cached until a factor changes, made afresh where a change could not be seen
+        (factors made under ``torch.inference_mode``, or standing in for a function transform).
         """
-        return self._prepare()[0]
+        return self._cached(self._make) or self._make()
 
-    def _prepare(self) -> tuple[Operator, tuple[Tensor, ...]]:
-        """``prepared()``, and the plain matrices to apply one after the other where it is only that."""
-        return self._cached(self._make) or (self.op, ())
-
-    def _make(self) -> tuple[Operator, tuple[Tensor, ...]]:
-        op = self.op.runtime().to(dtype=self.weight.dtype)
-        if isinstance(op, Dense):
-            return op, (op.weight,)
-        if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-            return op, (op.right[0], op.left[0])
-        return op, ()
+    def _make(self) -> Prepared:
+        return Prepared(self.op, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
@@ -102,12 +93,7 @@ class StructuredLinear(Structured):
             self._prepared = None
             y = self.op.apply(x)
         else:
-            op, matrices = self._prepare()
-            if matrices:
-                for matrix in matrices[:-1]:
-                    x = F.linear(x, matrix)
-                return F.linear(x, matrices[-1], self.bias)
-            y = op.apply(x)
+            return self.prepared()(x, self.bias)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _through_children(self, op: Operator, prefix: str, x: Tensor) -> Tensor:

@@ -22,11 +22,8 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_root, reduced_rank, svd
-from gramian.ops.dense import Dense, spectral_normal
+from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
-
-DENSE_ABOVE = 0.75
-"""Run the materialised matrix when the structured product costs more than this share of its operations."""
 
 
 @register
@@ -175,9 +172,6 @@ class BlockLowRank(Operator):
         left = self.right.reshape(k, j, t, p).permute(0, 3, 2, 1).reshape(k, p, t * j)
         right = self.left.reshape(j, s, t, k).permute(0, 3, 2, 1).reshape(j, k * t, s)
         return BlockLowRank(left, right, self.columns, self.rows, self.strided_columns, self.strided_rows)
-
-    def runtime(self) -> Operator:
-        return Dense(self.dense()) if self.flops() > DENSE_ABOVE * 2 * self.rows * self.columns else self
 
     def flops(self, batch: int = 1) -> int:
         return 2 * batch * self.numel

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_solve, weigh
-from gramian.ops.block_low_rank import DENSE_ABOVE
-from gramian.ops.dense import Dense, spectral_normal
+from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
 
@@ -85,9 +84,6 @@ class BlockSparse(Operator):
         from gramian.ops.combinators import Transpose
 
         return Transpose(self)
-
-    def runtime(self) -> Operator:
-        return Dense(self.dense()) if self.flops() > DENSE_ABOVE * 2 * self.rows * self.columns else self
 
     def flops(self, batch: int = 1) -> int:
         return 2 * batch * self.values.numel()

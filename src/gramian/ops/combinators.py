@@ -70,11 +70,7 @@ class Sum(_Composite):
 
     def runtime(self) -> Operator:
         from gramian.ops.algebra import add
-        from gramian.ops.block_low_rank import DENSE_ABOVE
-        from gramian.ops.dense import Dense
 
-        if self.flops() > DENSE_ABOVE * 2 * self.shape[0] * self.shape[1]:
-            return Dense(self.dense())
         return add(*(part.runtime() for part in self.parts))
 
     def flops(self, batch: int = 1) -> int:
@@ -120,11 +116,7 @@ class Product(_Composite):
 
     def runtime(self) -> Operator:
         from gramian.ops.algebra import compose
-        from gramian.ops.block_low_rank import DENSE_ABOVE
-        from gramian.ops.dense import Dense
 
-        if self.flops() > DENSE_ABOVE * 2 * self.shape[0] * self.shape[1]:
-            return Dense(self.dense())
         return compose(*(part.runtime() for part in self.parts))
 
     def flops(self, batch: int = 1) -> int:

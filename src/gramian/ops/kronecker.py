@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_solve, svd
-from gramian.ops.block_low_rank import DENSE_ABOVE
-from gramian.ops.dense import Dense, spectral_normal
+from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
 SWEEPS = 200
@@ -82,9 +81,6 @@ class KroneckerSum(Operator):
         (_, m1, n1), (_, m2, n2) = self.left.shape, self.right.shape
         full = torch.einsum("kab,kcd->acbd", self.left, self.right).reshape(m1 * m2, n1 * n2)
         return full[: self.rows, : self.columns]
-
-    def runtime(self) -> Operator:
-        return Dense(self.dense()) if self.flops() > DENSE_ABOVE * 2 * self.rows * self.columns else self
 
     def flops(self, batch: int = 1) -> int:
         (terms, m1, n1), (_, m2, n2) = self.left.shape, self.right.shape

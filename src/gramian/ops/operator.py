@@ -158,8 +158,9 @@ class Operator:
         return self.apply(eye).mT
 
     def runtime(self) -> Operator:
-        """An operator equal to this one, in the form that runs fastest (more memory is allowed; see
-        ``nn.StructuredLinear``). By default the operator itself.
+        """An operator equal to this one, in the form that products run on: for a form that is only stored (codes, a
+        skeleton) the one it stands for, elsewhere the operator itself. Whether the dense matrix is faster still is for
+        ``gramian.execution`` to say.
         """
         return self
 

@@ -85,7 +85,7 @@ class Skeleton(Operator):
         return pair.left[0] @ pair.right[0]
 
     def runtime(self) -> Operator:
-        return self.pair().runtime()
+        return self.pair()
 
     def flops(self, batch: int = 1) -> int:
         return 2 * batch * self.rank * sum(self.shape)

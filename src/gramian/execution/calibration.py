@@ -1,0 +1,203 @@
+"""Measure this machine: `gramian bench --calibrate`, and where the result is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.errors import GramianError
+from gramian.execution.cost_model import CostModel
+from gramian.execution.work import MatrixProduct
+
+BUDGET_SECONDS = 18.0
+LARGEST_FLOPS = 5e9
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a calibration holds for."""
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def cache_file() -> Path:
+    """Where the calibration of this machine is kept, in the user's cache directory."""
+    root = os.environ.get("GRAMIAN_CACHE")
+    if root is None:
+        if sys.platform == "win32":
+            root = os.path.join(os.environ.get("LOCALAPPDATA", str(Path.home())), "gramian")
+        elif sys.platform == "darwin":
+            root = str(Path.home() / "Library" / "Caches" / "gramian")
+        else:
+            root = os.path.join(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")), "gramian")
+    about = machine()
+    name = "-".join(str(about[key]) for key in ("device", "capability", "threads", "torch"))
+    return Path(root) / f"calibration-{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
+
+
+def median_seconds(call: Callable[[], object], *, at_least: float = 0.004, repeats: int = 5) -> float:
+    """Median seconds of one call; short calls are timed in groups."""
+    call()
+    start = time.perf_counter()
+    call()
+    once = max(time.perf_counter() - start, 1e-7)
+    group = max(1, min(1000, round(at_least / repeats / once)))
+    taken = []
+    for _ in range(repeats if once < 0.05 else 3):
+        start = time.perf_counter()
+        for _ in range(group):
+            call()
+        taken.append((time.perf_counter() - start) / group)
+    return statistics.median(taken)
+
+
+def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS) -> MatrixProduct:
+    """A shape as structured layers have them: batches of small blocks, skinny and square products."""
+    while True:
+        count = 1 if r.random() < 0.6 else 2 ** r.randint(1, 6)
+        m, n, k = (round(2 ** r.uniform(0 if axis == "m" and count == 1 else 2, 12)) for axis in "mnk")
+        if r.random() < 0.5:  # sizes of real layers are multiples of eight
+            m, n, k = (v if v < 8 else -(-v // 8) * 8 for v in (m, n, k))
+        if r.random() < 0.5:
+            m, n = n, m
+        product = MatrixProduct(count, m, n, k, r.random() < 0.3, r.random() < 0.5, False, dtype)
+        if 1e3 <= product.flops <= largest and product.nbytes <= 2e8:
+            return product
+
+
+def time_product(product: MatrixProduct, device: str = "cpu") -> float:
+    """Median seconds of one product."""
+    left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
+    right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
+    with torch.inference_mode():
+        if product.count == 1:
+            left, right = left[0], right[0]
+            return median_seconds(lambda: torch.mm(left, right))
+        return median_seconds(lambda: torch.bmm(left, right))
+
+
+def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: str) -> Tensor:
+    if transposed:
+        return torch.randn(count, columns, rows, device=device).to(dtype).mT
+    return torch.randn(count, rows, columns, device=device).to(dtype)
+
+
+def calibrate(
+    *, budget: float = BUDGET_SECONDS, seed: int = 0, progress: Callable[[float], None] | None = None
+) -> CostModel:
+    """Measure products and passes for about `budget` seconds, on the threads torch uses now.
+
+    Args:
+        budget: seconds; four fifths go to float32, the rest to bfloat16 and memory traffic.
+        seed: of the shapes.
+        progress: called with the share done.
+    """
+    begun = time.perf_counter()
+    r = random.Random(seed)
+    passes = _passes()
+    strided = _strided_penalty()
+    products: dict[str, list[tuple[MatrixProduct, float]]] = {}
+    for dtype, until in ((torch.bfloat16, 0.3), (torch.float32, 0.92)):
+        rows: list[tuple[MatrixProduct, float]] = []
+        largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
+        while len(rows) < 24 or (time.perf_counter() - begun < until * budget and len(rows) < 400):
+            product = random_product(r, dtype, largest)
+            rows.append((product, time_product(product)))
+            if progress is not None:
+                progress(min(1.0, (time.perf_counter() - begun) / budget))
+        products[str(dtype).removeprefix("torch.")] = rows
+    return CostModel(machine(), products, passes, strided)
+
+
+def _affordable(dtype: torch.dtype) -> float:
+    """Operations of a product that takes about 20 ms: some machines have no kernel for a dtype."""
+    a = torch.randn(128, 128).to(dtype)
+    seconds = median_seconds(lambda: a @ a)
+    return min(LARGEST_FLOPS, max(1e5, 2 * 128**3 / seconds * 0.02))
+
+
+def _passes() -> dict[str, list[tuple[float, float]]]:
+    """(bytes, seconds) of each kind of pass, over sizes that fit the caches and ones that do not."""
+    out: dict[str, list[tuple[float, float]]] = {kind: [] for kind in ("smooth", "scattered", "index", "fourier")}
+    for side in (4, 64, 256, 512, 1024, 2048):
+        x = torch.randn(side, side)
+        rows = torch.randperm(side)
+        nbytes = 2.0 * x.numel() * 4
+        with torch.inference_mode():
+            out["smooth"].append((nbytes, median_seconds(x.clone)))
+            out["scattered"].append((nbytes, median_seconds(x.mT.contiguous)))
+            out["index"].append((nbytes, median_seconds(partial(x.index_select, 0, rows))))
+            out["fourier"].append((nbytes, median_seconds(partial(torch.fft.rfft, x))))
+    x = torch.randn(8, 8)
+    with torch.inference_mode():
+        view = median_seconds(lambda: x.view(4, 16))
+    out["view"] = [(0.0, view)]
+    return out
+
+
+def _strided_penalty() -> float:
+    """How much slower a product is whose operand is contiguous along neither axis."""
+    ratios = []
+    for count, m, n, k in ((1, 256, 256, 256), (16, 128, 32, 64), (64, 32, 256, 32)):
+        wide = torch.randn(count, m, 2 * k)
+        right = torch.randn(count, k, n)
+        smooth, strided = wide[:, :, :k].contiguous(), wide[:, :, ::2]
+        with torch.inference_mode():
+            slow, fast = (median_seconds(partial(torch.bmm, left, right)) for left in (strided, smooth))
+            ratios.append(slow / fast)
+    return math.exp(statistics.mean(map(math.log, ratios)))
+
+
+def save(model: CostModel, path: Path | None = None) -> Path:
+    """Keep a calibration (atomically) for later processes on this machine."""
+    path = path or cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(model.to_json()), encoding="utf-8")
+    scratch.replace(path)
+    forget()
+    return path
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path) -> CostModel | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return CostModel.from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError, GramianError) as error:
+        raise GramianError(f"{path}: not a calibration ({error}); delete it or run gramian bench --calibrate") from None
+
+
+@lru_cache(maxsize=8)
+def _path(threads: int) -> Path:
+    return cache_file()
+
+
+def stored() -> CostModel | None:
+    """The calibration of this machine, or None where none was made (for as many threads as torch uses now)."""
+    return _read(_path(torch.get_num_threads()))
+
+
+def forget() -> None:
+    """Read the calibration again when it is next asked for."""
+    _read.cache_clear()
+    _path.cache_clear()

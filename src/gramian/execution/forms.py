@@ -1,0 +1,153 @@
+"""The forms in which a product can run, and which of them is fastest here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramian.execution.calibration import stored
+from gramian.execution.cost_model import CostModel
+from gramian.execution.work import trace
+from gramian.ops import BlockLowRank, Dense, Operator
+
+DENSE_ABOVE = 0.75
+"""Without a cost model: run dense when the structured product takes more than this share of its operations."""
+
+Kernel = Callable[[Tensor, Tensor | None], Tensor]
+"""(x (..., in), bias (out,) or None) -> y (..., out)."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to run ``x A^T`` for x (batch, in).
+
+    Attributes:
+        dense: on the materialised matrix.
+        columns: feature-major inside: ``(A x^T)^T``, transposing what comes in and goes out (by views where the kernel
+            takes them).
+        dtype: computed in; another than the operator's where the machine has no fast kernel for that one.
+    """
+
+    dense: bool
+    columns: bool
+    dtype: torch.dtype
+
+    def operator(self, op: Operator) -> Operator:
+        """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
+        return (Dense(op.dense()) if self.dense else op.runtime()).to(dtype=self.dtype)
+
+    def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
+        """The product of ``runs``, as ``self.operator`` gave it, for x, bias and y of `dtype`."""
+        product = _columns(runs) if self.columns else _rows(runs)
+        if self.dtype == dtype:
+            return product
+        inner = self.dtype
+
+        def cast(x: Tensor, bias: Tensor | None) -> Tensor:
+            return product(x.to(inner), None if bias is None else bias.to(inner)).to(dtype)
+
+        return cast
+
+
+def _rows(op: Operator) -> Kernel:
+    if isinstance(op, Dense):
+        weight = op.weight
+        return lambda x, bias: F.linear(x, weight, bias)
+    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+        left, right = op.left[0], op.right[0]
+        return lambda x, bias: F.linear(F.linear(x, right), left, bias)
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        y = op.apply(x)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    return product
+
+
+def _columns(op: Operator) -> Kernel:
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        # Contiguous on both sides: a view would only move the copy into the first product, or into the next layer.
+        y = op.apply_columns(x.reshape(-1, x.shape[-1]).mT.contiguous()).mT
+        y = y.contiguous() if bias is None else y + bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+    return product
+
+
+def forms(op: Operator, dtype: torch.dtype) -> list[Form]:
+    """The candidates: structured and dense, row- and feature-major, in `dtype` and in float32."""
+    dtypes = [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
+    structured = [] if isinstance(op.runtime(), Dense) else [False]
+    return [Form(dense, columns, kind) for kind in dtypes for dense in (*structured, True) for columns in (False, True)]
+
+
+def predicted(op: Operator, form: Form, batch: int, dtype: torch.dtype, model: CostModel) -> float:
+    """Seconds of ``form`` on x (batch, in) of `dtype`: traced without numbers, priced by the model."""
+    kernel = form.kernel(form.operator(op.to("meta")), dtype)
+    steps = trace(lambda x: kernel(x, None), (batch, op.shape[1]), dtype)
+    return model.seconds(steps)
+
+
+def choose(
+    op: Operator, batch: int, dtype: torch.dtype | None = None, model: CostModel | None = None
+) -> tuple[Form, float]:
+    """The form predicted fastest, and its predicted seconds.
+
+    Args:
+        op: any operator.
+        batch: rows of x.
+        dtype: of x; the operator's by default.
+        model: a cost model; the calibration of this machine by default.
+
+    Without a calibration the number of operations decides, with a margin for the lower efficiency of small products
+    (`DENSE_ABOVE`), and the seconds are NaN.
+    """
+    dtype = dtype or op.dtype
+    if model is None and op.device.type in ("cpu", "meta"):
+        model = stored()
+    runs = op.runtime()
+    if model is None:
+        dense = isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
+        return Form(dense, False, dtype), math.nan
+    light = op.to("meta")
+    ranked = [(predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(forms(light, dtype))]
+    seconds, _, form = min(ranked)
+    return form, seconds
+
+
+class Prepared:
+    """An operator that runs in the form that is fastest for the batch at hand; forms are made when first needed.
+
+    Args:
+        op: its factors are not copied.
+        dtype: of what comes in.
+    """
+
+    def __init__(self, op: Operator, dtype: torch.dtype | None = None) -> None:
+        self.op = op
+        self._dtype = dtype or op.dtype
+        self._kernels: dict[int, Kernel] = {}
+        self._running: dict[tuple[bool, torch.dtype], Operator] = {}
+
+    def form(self, batch: int) -> Form:
+        """How `batch` rows run: decided for the next power of two."""
+        return choose(self.op, 1 << max(batch - 1, 0).bit_length(), self._dtype)[0]
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x A^T + bias``: x (..., in) -> (..., out)."""
+        batch = x.numel() // max(x.shape[-1], 1)
+        key = max(batch - 1, 0).bit_length()
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            form = self.form(batch)
+            place = (form.dense, form.dtype)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                if place not in self._running:
+                    self._running[place] = form.operator(self.op)
+                kernel = self._kernels[key] = form.kernel(self._running[place], self._dtype)
+        return kernel(x, bias)

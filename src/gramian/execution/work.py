@@ -1,0 +1,168 @@
+"""What a product really does: the matrix products and memory traffic of ``op.apply``, found by tracing it.
+
+No structure describes itself twice: the operator runs once on meta tensors (shapes without numbers) and every tensor
+operation is written down. So a cost model that knows matrix products and memory traffic knows every structure, those of
+third parties included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gramian.ops import Operator
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """`count` products (m, k) @ (k, n).
+
+    Attributes:
+        count, m, n, k: sizes.
+        left_transposed, right_transposed: whether the operand's columns, not its rows, are contiguous in memory.
+        strided: an operand is contiguous along neither axis, or the batch: a kernel must copy it or is slow.
+        dtype: of the operands.
+    """
+
+    count: int
+    m: int
+    n: int
+    k: int
+    left_transposed: bool
+    right_transposed: bool
+    strided: bool
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        """A multiply-add counts two."""
+        return 2 * self.count * self.m * self.n * self.k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of operands and result."""
+        return self.count * (self.m * self.k + self.k * self.n + self.m * self.n) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over memory: an element-wise operation, a copy, a gather, a Fourier transform; or a view, which moves
+    nothing but takes a moment to make.
+
+    Attributes:
+        name: of the tensor operation.
+        nbytes: read and written.
+        scattered: reads or writes along an axis that is not contiguous, or through an index.
+        dtype: of the result.
+    """
+
+    name: str
+    nbytes: int
+    scattered: bool
+    dtype: torch.dtype
+
+
+Step = MatrixProduct | Pass
+
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear", "matmul"}
+_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"}
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Step] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _FREE:
+            return result
+        if func.is_view:
+            self.steps.append(Pass("view", 0, False, args[0].dtype))
+            return result
+        tensors = [a for a in _flat(args) if isinstance(a, Tensor)]
+        if name in _PRODUCTS:
+            self.steps.append(_product(name, tensors))
+        else:
+            made = [r for r in _flat(result) if isinstance(r, Tensor)]
+            if made and not (len(made) == 1 and any(made[0] is t for t in tensors) and not func._schema.is_mutable):
+                self.steps.append(_pass(name, tensors, made))
+        return result
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [part for item in value for part in _flat(item)]
+    return [value]
+
+
+def _product(name: str, tensors: list[Tensor]) -> MatrixProduct:
+    left, right = tensors[-2:]
+    if left.dim() == 1:
+        left = left[None]
+    if right.dim() == 1:
+        right = right[:, None]
+    left, right = (t if t.dim() == 3 else t.reshape(1, *t.shape[-2:]) if t.dim() == 2 else t.flatten(0, -3)
+                   for t in (left, right))  # fmt: skip
+    (count, m, k), n = left.shape, right.shape[2]
+    orders = [_order(t) for t in (left, right)]
+    return MatrixProduct(
+        count, m, n, k, orders[0] == "columns", orders[1] == "columns", "neither" in orders, left.dtype
+    )
+
+
+def _order(matrix: Tensor) -> str:
+    rows, columns = matrix.shape[-2:]
+    down, along = matrix.stride()[-2:]
+    if along == 1 or columns == 1:
+        return "rows"
+    return "columns" if down == 1 or rows == 1 else "neither"
+
+
+def _pass(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Pass:
+    nbytes = sum(_held(t) for t in (*inputs, *outputs))
+    indexed = name.startswith(("index", "gather", "scatter", "embedding", "take"))
+    scattered = indexed or any(t.dim() > 1 and t.numel() > 1 and not _smooth(t) for t in inputs)
+    return Pass(name, nbytes, scattered, outputs[0].dtype)
+
+
+def _held(tensor: Tensor) -> int:
+    """Bytes that are distinct in memory: an expanded tensor is read from cache."""
+    numbers = 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numbers *= length if stride else 1
+    return numbers * tensor.element_size()
+
+
+def _smooth(tensor: Tensor) -> bool:
+    """Whether the last axis is contiguous (or of one element)."""
+    return tensor.stride(-1) in (0, 1) or tensor.shape[-1] == 1
+
+
+def trace(call: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Step, ...]:
+    """Every step of ``call(x)`` on a meta tensor x of that shape."""
+    with torch.no_grad(), _Recorder() as recorder:
+        call(torch.empty(shape, dtype=dtype, device="meta"))
+    return tuple(recorder.steps)
+
+
+def work(op: Operator, batch: int, *, columns: bool = False, dtype: torch.dtype | None = None) -> tuple[Step, ...]:
+    """What ``op.apply`` on (batch, in), or ``op.apply_columns`` on (in, batch), does.
+
+    Args:
+        op: any operator; its numbers are not looked at.
+        batch: rows of x.
+        columns: the feature-major product.
+        dtype: computed in; None for the operator's own.
+    """
+    light = op.to("meta", dtype)
+    in_ = op.shape[1]
+    if columns:
+        return trace(light.apply_columns, (in_, batch), dtype or op.dtype)
+    return trace(light.apply, (batch, in_), dtype or op.dtype)
