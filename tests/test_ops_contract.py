@@ -14,6 +14,7 @@ from torch import Tensor
 from gramian import testing
 from gramian.ops import (
     BlockDiag,
+    BlockDiagonal,
     BlockLowRank,
     BlockSparse,
     Dense,
@@ -80,6 +81,10 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "blocks, strided columns": lambda: _blocks(8, 12, False, True),
     "blocks, strided": lambda: _blocks(8, 12, True, True),
     "blocks, padded": lambda: _blocks(7, 10, True, True),
+    "block diagonal, equal blocks": lambda: BlockDiagonal.init((6, 9), blocks=3, generator=_seeded()),
+    "block diagonal, strided and padded": lambda: BlockDiagonal.init(
+        (7, 10), blocks=3, strided_rows=True, strided_columns=True, generator=_seeded()
+    ),
     "skeleton": lambda: Skeleton.init((9, 7), rank=3, generator=_seeded()),
     "skeleton by columns": lambda: Skeleton.init((9, 7), rank=3, generator=_seeded()).T,
     "kronecker": lambda: KroneckerSum.init((6, 8), terms=2, generator=_seeded()),

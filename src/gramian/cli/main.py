@@ -46,7 +46,7 @@ def cli() -> None:
     help="How errors are weighed: features, lm, none (no backward pass: faster, less exact).",
 )
 @click.option("--heal", type=int, default=0, metavar="STEPS", help="Distil against the original for so many steps.")
-@click.option("--rate", type=float, default=3e-4, show_default=True, help="Peak learning rate of healing.")
+@click.option("--rate", type=float, default=1e-4, show_default=True, help="Peak learning rate of healing.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only layers of this name (shell style; repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave layers of this name alone (repeatable).")
 @click.option("--embeddings", is_flag=True, help="Embeddings of words take part too (often half of a small model).")

@@ -2,7 +2,7 @@
 
 from gramian.execution.calibration import cache_file, calibrate, save, stored
 from gramian.execution.cost_model import CostModel
-from gramian.execution.forms import Form, Prepared, choose, forms, predicted
+from gramian.execution.forms import Form, Prepared, candidates, choose, predicted
 from gramian.execution.work import MatrixProduct, Pass, trace, work
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Prepared",
     "cache_file",
     "calibrate",
+    "candidates",
     "choose",
-    "forms",
     "predicted",
     "save",
     "stored",

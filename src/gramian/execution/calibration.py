@@ -10,6 +10,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -184,7 +185,9 @@ def _read(path: Path) -> CostModel | None:
     try:
         return CostModel.from_json(json.loads(text))
     except (ValueError, KeyError, TypeError, GramianError) as error:
-        raise GramianError(f"{path}: not a calibration ({error}); delete it or run gramian bench --calibrate") from None
+        # A damaged cache must not stop a model from running.
+        warnings.warn(f"{path}: not a calibration ({error}); run gramian bench --calibrate", stacklevel=3)
+        return None
 
 
 @lru_cache(maxsize=8)

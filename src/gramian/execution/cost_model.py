@@ -95,7 +95,8 @@ class Residuals:
     def _kernel(self, a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
         scales = theta[: max(GROUPS) + 1].exp()[list(GROUPS)]
         distance = ((a[:, None] - b[None]) / scales).square().sum(-1).clamp_min(1e-12).sqrt() * math.sqrt(3)
-        return torch.exp(2 * theta[-2] - distance) * (1 + distance)
+        covariance: Tensor = torch.exp(2 * theta[-2] - distance) * (1 + distance)
+        return covariance
 
     def _learn(self) -> Tensor:
         theta = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -2.5], dtype=torch.float64).requires_grad_()

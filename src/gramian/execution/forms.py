@@ -72,14 +72,15 @@ def _rows(op: Operator) -> Kernel:
 def _columns(op: Operator) -> Kernel:
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         # Contiguous on both sides: a view would only move the copy into the first product, or into the next layer.
-        y = op.apply_columns(x.reshape(-1, x.shape[-1]).mT.contiguous()).mT
-        y = y.contiguous() if bias is None else y + bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        y = op.apply_columns(x.reshape(-1, x.shape[-1]).mT.contiguous())
+        if bias is not None:
+            y = y + bias[:, None].to(y.dtype)
+        return y.mT.contiguous().reshape(*x.shape[:-1], op.shape[0])
 
     return product
 
 
-def forms(op: Operator, dtype: torch.dtype) -> list[Form]:
+def candidates(op: Operator, dtype: torch.dtype) -> list[Form]:
     """The candidates: structured and dense, row- and feature-major, in `dtype` and in float32."""
     dtypes = [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
     structured = [] if isinstance(op.runtime(), Dense) else [False]
@@ -110,14 +111,17 @@ def choose(
     dtype = dtype or op.dtype
     if model is None and op.device.type in ("cpu", "meta"):
         model = stored()
-    runs = op.runtime()
     if model is None:
-        dense = isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
-        return Form(dense, False, dtype), math.nan
+        return Form(_dense_by_operations(op), False, dtype), math.nan
     light = op.to("meta")
-    ranked = [(predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(forms(light, dtype))]
+    ranked = [(predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(candidates(light, dtype))]
     seconds, _, form = min(ranked)
     return form, seconds
+
+
+def _dense_by_operations(op: Operator) -> bool:
+    runs = op.runtime()
+    return isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
 
 
 class Prepared:
@@ -138,6 +142,18 @@ class Prepared:
         """How `batch` rows run: decided for the next power of two."""
         return choose(self.op, 1 << max(batch - 1, 0).bit_length(), self._dtype)[0]
 
+    def columns(self, x: Tensor) -> Tensor:
+        """``A x``, feature-major: x (in, B) -> (out, B), structured unless that takes nearly the operations of dense."""
+        form = Form(_dense_by_operations(self.op), True, self._dtype)
+        return self._operator(form).apply_columns(x)
+
+    def _operator(self, form: Form) -> Operator:
+        place = (form.dense, form.dtype)
+        if place not in self._running:
+            with torch.no_grad(), torch.autocast(self.op.device.type, enabled=False):
+                self._running[place] = form.operator(self.op)
+        return self._running[place]
+
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x A^T + bias``: x (..., in) -> (..., out)."""
         batch = x.numel() // max(x.shape[-1], 1)
@@ -145,9 +161,5 @@ class Prepared:
         kernel = self._kernels.get(key)
         if kernel is None:
             form = self.form(batch)
-            place = (form.dense, form.dtype)
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                if place not in self._running:
-                    self._running[place] = form.operator(self.op)
-                kernel = self._kernels[key] = form.kernel(self._running[place], self._dtype)
+            kernel = self._kernels[key] = form.kernel(self._operator(form), self._dtype)
         return kernel(x, bias)

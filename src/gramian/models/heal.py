@@ -23,18 +23,20 @@ class Healing:
     Attributes:
         steps: optimiser steps.
         rate: peak learning rate of AdamW, reached after a tenth of the steps, then a cosine to zero.
-        states: weight of matching the hidden states of every token, beside the features.
+        states: weight of matching the last hidden states of every token, beside the features.
         seed: of batch order and recombination.
+        batch: sequences a step.
         pool: training data as a multiple of the calibration data: beside the texts themselves, recombinations of them
-            (spans of two texts joined) where the workload can; the teacher answers any input. Its answers are kept in half
-            precision, so it runs once an input, not once a step.
+            where the workload can; the teacher answers any input. Its answers are kept in half precision (two bytes a
+            token and feature), so it runs once an input, not once a step.
     """
 
     steps: int = 100
-    rate: float = 3e-4
+    rate: float = 1e-4
     states: float = 1.0
     seed: int = 0
-    pool: int = 4
+    batch: int = 16
+    pool: int = 8
 
 
 def heal(
@@ -98,7 +100,7 @@ def heal(
     first = 0
     if resume is not None:
         first = _restore(resume, trained, optimiser)
-    pool = _pool(workload, settings)
+    pool = _pool(workload, teacher, settings)
     targets: dict[int, list[Tensor]] = {}
     history: list[tuple[int, float]] = []
     training = student.training
@@ -170,14 +172,15 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _pool(workload: Workload, settings: Healing) -> list[Any]:
-    """The calibration batches and recombinations of them: a function of the seed alone."""
-    pool = list(workload.batches)
+def _pool(workload: Workload, teacher: nn.Module, settings: Healing) -> list[Any]:
+    """The calibration texts and recombinations of them: a function of the seed alone."""
+    own = workload.parts(settings.batch)
+    pool = list(own)
     for copy in range(1, settings.pool if workload.augment is not None else 1):
-        for index, batch in enumerate(workload.batches):
+        for index, batch in enumerate(own):
             generator = torch.Generator().manual_seed(settings.seed * 104729 + copy * 7919 + index)
             assert workload.augment is not None
-            pool.append(workload.augment(batch, generator))
+            pool.append(workload.augment(teacher, batch, generator))
     return pool
 
 

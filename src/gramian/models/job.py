@@ -68,7 +68,7 @@ class Settings:
     structures: str = "auto"
     objective: str = "auto"
     heal: int = 0
-    rate: float = 3e-4
+    rate: float = 1e-4
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Job:
         if s.heal < 0:
             raise GramianError(f"--heal {s.heal}: expected 0 or more steps")
         if not 0 < s.rate < math.inf:
-            raise GramianError(f"--rate {s.rate:g}: expected a learning rate above 0, e.g. 0.001")
+            raise GramianError(f"--rate {s.rate:g}: expected a learning rate above 0, e.g. 0.0001")
         if not 0 <= s.seed < 2**31:
             raise GramianError(f"--seed {s.seed}: expected 0 to {2**31 - 1}")
         if s.objective not in ("auto", "features", "lm", "none"):

@@ -15,8 +15,10 @@ from gramian.errors import GramianError
 from gramian.grams.collect import Objective
 
 Batch = Any
-STRANGE = 0.4
-"""Most tokens of a recombined text, as a share, that are drawn from the whole vocabulary."""
+CHANGED = 0.4
+"""Most tokens of a recombined text, as a share, that become a neighbour of theirs in the embedding table."""
+NEIGHBOURS = 12
+"""How many neighbours a token has."""
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Workload:
         run: (model, batch) -> raw output.
         features: (model, batch) -> (sequences, d) float tensor: what the compressed model should reproduce.
         mask: (batch) -> (sequences, tokens) or None.
-        outputs: (model, batch) -> [features, hidden states (real tokens, d) of each block ...]: what healing matches.
-        augment: (batch, generator) -> a batch of recombined inputs, or None where inputs cannot be recombined.
+        outputs: (model, batch) -> [features, last hidden states (real tokens, d) if any]: what healing matches.
+        augment: (model, batch, generator) -> a batch of recombined inputs, or None where inputs cannot be recombined.
         name: what the features are, for reports.
     """
 
@@ -38,7 +40,7 @@ class Workload:
     features: Callable[[nn.Module, Batch], Tensor]
     mask: Callable[[Batch], Tensor | None]
     outputs: Callable[[nn.Module, Batch], list[Tensor]]
-    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    augment: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
     name: str = "relative error of outputs"
     logits: Callable[[nn.Module, Batch], Tensor] | None = None
     kind: str = "tensors"
@@ -49,7 +51,15 @@ class Workload:
 
     def head(self, sequences: int) -> Batch:
         """The first few sequences of the first batch."""
-        return _cut(self.batches[0], sequences)
+        return _cut(self.batches[0], slice(sequences))
+
+    def parts(self, sequences: int) -> list[Batch]:
+        """The batches cut into ones of at most that many sequences."""
+        return [
+            _cut(batch, slice(first, first + sequences))
+            for batch in self.batches
+            for first in range(0, _length(batch), sequences)
+        ]
 
     def objective(self, kind: str) -> Objective | None:
         """The probe of the loss's curvature, by name.
@@ -89,13 +99,13 @@ class Workload:
         return (loss * mask.reshape(-1).to(loss)).sum() if mask is not None else loss.sum()
 
 
-def _cut(batch: Batch, sequences: int) -> Batch:
+def _cut(batch: Batch, which: slice) -> Batch:
     if isinstance(batch, Tensor):
-        return batch[:sequences]
+        return batch[which]
     if hasattr(batch, "items"):
-        return {key: _cut(value, sequences) for key, value in batch.items()}
+        return {key: _cut(value, which) for key, value in batch.items()}
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return tuple(_cut(value, sequences) for value in batch)
+        return tuple(_cut(value, which) for value in batch)
     return batch
 
 
@@ -202,24 +212,34 @@ def text_workload(
     def run(model: nn.Module, batch: Batch) -> Any:
         return model(**batch)
 
-    def features(model: nn.Module, batch: Batch) -> Tensor:
+    def last_states(model: nn.Module, batch: Batch) -> Tensor:
         if language_model:
-            states = model(**batch, output_hidden_states=True).hidden_states[-1]
-        else:
-            output = run(model, batch)
-            states = output.last_hidden_state if hasattr(output, "last_hidden_state") else first_tensor(output)
-        return pool(states, batch["attention_mask"], pooling)
+            last = model(**batch, output_hidden_states=True).hidden_states[-1]
+            assert isinstance(last, Tensor)
+            return last
+        output = run(model, batch)
+        return output.last_hidden_state if hasattr(output, "last_hidden_state") else first_tensor(output)
+
+    def features(model: nn.Module, batch: Batch) -> Tensor:
+        return pool(last_states(model, batch), batch["attention_mask"], pooling)
 
     def outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-        result = model(**batch, output_hidden_states=True)
-        real = batch["attention_mask"].bool()
-        states = [state[real] for state in result.hidden_states[1:]]
-        return [pool(result.hidden_states[-1], batch["attention_mask"], pooling), *states]
+        states = last_states(model, batch)
+        return [pool(states, batch["attention_mask"], pooling), states[batch["attention_mask"].bool()]]
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:
         result = run(model, batch).logits
         assert isinstance(result, Tensor)
         return result
+
+    known: dict[int, Neighbours] = {}
+
+    def augment(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+        find = getattr(model, "get_input_embeddings", None)
+        table = None if find is None else find().weight
+        if table is not None and table.data_ptr() not in known:
+            known[table.data_ptr()] = Neighbours(table, words)
+        return recombine(batch, generator, None if table is None else known[table.data_ptr()])
 
     return Workload(
         batches,
@@ -227,47 +247,70 @@ def text_workload(
         features,
         lambda batch: batch["attention_mask"],
         outputs,
-        lambda batch, generator: recombine(batch, generator, words),
+        augment,
         "cosine of sentence embeddings",
         logits if language_model else None,
         kind="text",
     )
 
 
-def recombine(batch: Batch, generator: torch.Generator, words: Tensor) -> Batch:
-    """New token sequences from a padded batch: each joins a span of one sequence to a span of another, and some of its
-    tokens (a share up to `STRANGE`, drawn for each sequence) become other words of the vocabulary: calibration texts show
-    but a part of it.
+def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours | None) -> Batch:
+    """New token sequences from a padded batch: half of them end, or begin, as another sequence of the batch does, and in
+    all of them some tokens (a share up to `CHANGED`, drawn for each sequence) become a near one in the embedding table:
+    calibration texts show but a part of the vocabulary.
 
-    Special tokens at the ends (the first and last real token) stay where they are; lengths do not grow.
+    Lengths stay, and so do the first and last real token (special ones, in an encoder).
 
     Args:
         batch: input_ids and attention_mask (B, T).
         generator: of the draws.
-        words: (n,) token ids to draw from.
+        neighbours: of each token, or None to leave the tokens as they are.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    fresh_ids, fresh_mask = ids.clone(), torch.zeros_like(batch["attention_mask"])
-    partners = torch.randperm(len(ids), generator=generator)
+    fresh = ids.clone()
     rows = [ids[i][mask[i]] for i in range(len(ids))]
+    partners = torch.randperm(len(ids), generator=generator).tolist()
     for i, own in enumerate(rows):
-        other = rows[int(partners[i])]
-        cuts = torch.rand(3, generator=generator)
-        if len(own) < 6 or len(other) < 6:
-            joined = own
-        else:
-            inner, added = own[1:-1], other[1:-1]
-            start = int(cuts[0] * len(inner) / 2)
-            stop = start + 1 + int(cuts[1] * (len(inner) - start))
-            begin = int(cuts[2] * len(added))
-            body = torch.cat([inner[start:stop], added[begin:]])[: ids.shape[1] - 2]
-            share = STRANGE * torch.rand((), generator=generator)
-            strange = torch.rand(len(body), generator=generator) < share
-            drawn = words[torch.randint(0, len(words), (len(body),), generator=generator)]
-            joined = torch.cat([own[:1], torch.where(strange, drawn, body), own[-1:]])
-        place = torch.arange(len(joined)) + (0 if bool(mask[i, 0]) else ids.shape[1] - len(joined))
-        fresh_ids[i, place], fresh_mask[i, place] = joined, 1
-    return {**batch, "input_ids": fresh_ids, "attention_mask": fresh_mask}
+        mixed, other = own.clone(), rows[partners[i]]
+        whether, which, where, share = torch.rand(4, generator=generator).tolist()
+        stop = min(len(own), len(other)) - 1
+        if whether < 0.5 and stop > 2:
+            cut = 1 + int(where * (stop - 1))
+            part = slice(cut, stop) if which < 0.5 else slice(1, cut)
+            mixed[part] = other[part]
+        if neighbours is not None and len(mixed) > 2:
+            changed = torch.rand(len(mixed) - 2, generator=generator) < CHANGED * share
+            places = 1 + changed.nonzero().squeeze(1)
+            near = neighbours(mixed[places])
+            drawn = torch.randint(0, near.shape[1], (len(places), 1), generator=generator)
+            mixed[places] = near.gather(1, drawn).squeeze(1).to(mixed)
+        fresh[i][mask[i]] = mixed
+    return {**batch, "input_ids": fresh}
+
+
+class Neighbours:
+    """The `NEIGHBOURS` tokens whose input embeddings have the largest cosine with a token's; found when first asked for.
+
+    Args:
+        table: (vocabulary, d) input embeddings.
+        words: (n,) token ids that count as neighbours.
+    """
+
+    def __init__(self, table: Tensor, words: Tensor) -> None:
+        self._words = words
+        self._unit = F.normalize(table.detach().float().cpu(), dim=1)
+        self._candidates = self._unit[words]
+        self._near = words.new_full((len(table), min(NEIGHBOURS, len(words) - 1)), -1)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(n, `NEIGHBOURS`) ids near each of the tokens (n,), itself left out."""
+        tokens = tokens.cpu()
+        missing = torch.unique(tokens[self._near[tokens, 0] < 0])
+        for part in missing.split(1024):
+            cosine = self._unit[part] @ self._candidates.mT
+            cosine.masked_fill_(self._words == part[:, None], -2)
+            self._near[part] = self._words[cosine.topk(self._near.shape[1], 1).indices]
+        return self._near[tokens]
 
 
 def pool(states: Tensor, mask: Tensor, pooling: str = "mean") -> Tensor:

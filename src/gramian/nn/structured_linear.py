@@ -96,6 +96,21 @@ class StructuredLinear(Structured):
             return self.prepared()(x, self.bias)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def columns(self, x: Tensor) -> Tensor:
+        """The feature-major product: x (in, B) -> (out, B).
+
+        Raises:
+            GramianError: an adapter library has wrapped a factor; its layers are row-major.
+        """
+        if not self._plain():
+            raise GramianError("a feature-major product cannot run through wrapped factors; use forward()")
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if training or torch.compiler.is_compiling():
+            y = self.op.apply_columns(x)
+        else:
+            y = self.prepared().columns(x)
+        return y if self.bias is None else y + self.bias[:, None].to(y.dtype)
+
     def _through_children(self, op: Operator, prefix: str, x: Tensor) -> Tensor:
         """The product by calling the child layers, so that what wraps them (an adapter) takes part.
 

@@ -1,6 +1,7 @@
 """Structured matrices: one class a storage form, composed by a small algebra."""
 
 from gramian.ops.algebra import add, block_diag, compose, diagonal, kron, scale, trace, transpose
+from gramian.ops.block_diagonal import BlockDiagonal, monarch
 from gramian.ops.block_low_rank import BlockLowRank
 from gramian.ops.block_sparse import BlockSparse
 from gramian.ops.combinators import BlockDiag, Kron, Product, Scaled, Sum, Transpose
@@ -13,6 +14,7 @@ from gramian.ops.skeleton import Skeleton
 
 __all__ = [
     "BlockDiag",
+    "BlockDiagonal",
     "BlockLowRank",
     "BlockSparse",
     "Dense",
@@ -35,6 +37,7 @@ __all__ = [
     "diagonal",
     "from_config",
     "kron",
+    "monarch",
     "register",
     "scale",
     "structure",

@@ -234,11 +234,11 @@ class BlockLowRank(Operator):
             return cls.low_rank(best.left[:, :r].to(weight), best.right[:r].to(weight))
         s, p = -(-out // j), -(-in_ // k)
         t = min(rank, s, p)
-        row_order = _block_order(out, j, s, strided_rows)
-        column_order = _block_order(in_, k, p, strided_columns)
-        w = _padded(weight.double(), row_order, column_order)  # (J s, K p), blocks contiguous
-        g = _padded_gram(gram_in, column_order)
-        h = _padded_gram(gram_out, row_order)
+        row_order = block_order(out, j, s, strided_rows)
+        column_order = block_order(in_, k, p, strided_columns)
+        w = padded(weight.double(), row_order, column_order)  # (J s, K p), blocks contiguous
+        g = padded_gram(gram_in, column_order)
+        h = padded_gram(gram_out, row_order)
         columns = w.reshape(j, s, k, p)
         root_in = _block_roots(g, k, p, w)
         root_out = _block_roots(h, j, s, w)
@@ -299,7 +299,7 @@ class BlockLowRank(Operator):
         return found
 
 
-def _block_order(length: int, blocks: int, width: int, strided: bool) -> Tensor:
+def block_order(length: int, blocks: int, width: int, strided: bool) -> Tensor:
     """For each place of the block-contiguous padded axis, the original coordinate, or -1 for padding."""
     places = (
         torch.arange(blocks * width).reshape(width, blocks).T.reshape(-1) if strided else torch.arange(blocks * width)
@@ -307,20 +307,22 @@ def _block_order(length: int, blocks: int, width: int, strided: bool) -> Tensor:
     return torch.where(places < length, places, torch.full_like(places, -1))
 
 
-def _padded(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def padded(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The matrix in the order of ``block_order`` on both sides, zeros in the padding."""
     out = weight[rows.clamp_min(0).to(weight.device)][:, columns.clamp_min(0).to(weight.device)].clone()
     out[(rows < 0).to(weight.device)] = 0
     out[:, (columns < 0).to(weight.device)] = 0
     return out
 
 
-def _padded_gram(gram: Tensor | None, order: Tensor) -> Tensor | None:
+def padded_gram(gram: Tensor | None, order: Tensor) -> Tensor | None:
+    """A Gram (n, n), or its diagonal (n,), in the order of ``block_order``, in float64."""
     if gram is None:
         return None
     gram = gram.double()
     if gram.dim() == 1:
         return torch.where(order.to(gram.device) < 0, gram.new_zeros(()), gram[order.clamp_min(0)])
-    return _padded(gram, order, order)
+    return padded(gram, order, order)
 
 
 def _block_roots(gram: Tensor | None, blocks: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:

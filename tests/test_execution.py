@@ -1,0 +1,217 @@
+"""How operators run: traced work, the cost model, the choice of a form, feature-major chains."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gramian.errors import GramianError
+from gramian.execution import (
+    CostModel,
+    Form,
+    MatrixProduct,
+    Pass,
+    Prepared,
+    calibration,
+    candidates,
+    choose,
+    predicted,
+    work,
+)
+from gramian.execution.cost_model import features
+from gramian.nn import FeatureMajor, StructuredLinear, as_linear
+from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Skeleton, monarch
+
+FLOAT = torch.float32
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def products(op: Operator, batch: int, *, columns: bool = False) -> list[MatrixProduct]:
+    return [step for step in work(op, batch, columns=columns) if isinstance(step, MatrixProduct)]
+
+
+def pretended(rate: float = 1e11, bandwidth: float = 1e10, passes: float = 1e10) -> CostModel:
+    """A machine whose products follow a roofline exactly."""
+    r = random.Random(0)
+    rows = []
+    for _ in range(80):
+        product = calibration.random_product(r, FLOAT)
+        rows.append((product, 2e-6 + product.flops / rate + product.nbytes / bandwidth))
+    slow = [(p, 100 * s) for p, s in rows]
+    traffic = {kind: [(100.0, 1e-6), (1e8, 1e8 / passes)] for kind in ("smooth", "scattered", "index", "fourier")}
+    traffic["view"] = [(0.0, 1e-7)]
+    return CostModel({"device": "pretended"}, {"float32": rows, "bfloat16": slow}, traffic)
+
+
+def test_work_counts_what_the_product_does() -> None:
+    (first, second) = products(BlockLowRank.init((64, 96), rank=8), 10)
+    assert (first.count, first.m, first.k, first.n) == (1, 10, 96, 8)
+    assert (second.count, second.m, second.k, second.n) == (1, 10, 8, 64)
+    assert first.right_transposed
+    assert not first.left_transposed
+    assert not first.strided
+    for op in (BlockLowRank.init((64, 96), rank=2, blocks=(4, 4)), BlockDiagonal.init((64, 96), blocks=4)):
+        for columns in (False, True):
+            assert sum(p.flops for p in products(op, 10, columns=columns)) == op.flops(10)
+
+
+def test_work_sees_memory_traffic_and_strides() -> None:
+    op = BlockLowRank.init((64, 64), rank=1, blocks=(8, 8))
+    copied = [step for step in work(op, 32) if isinstance(step, Pass) and step.name != "view"]
+    assert copied, "row-major blocks are permuted between the products"
+    kept = [step for step in work(op, 32, columns=True) if isinstance(step, Pass) and step.name != "view"]
+    assert not kept, f"feature-major blocks are views; found {kept}"
+    (product,) = [s for s in work_of_strided() if isinstance(s, MatrixProduct)]
+    assert product.strided
+
+
+def work_of_strided() -> tuple[MatrixProduct | Pass, ...]:
+    from gramian.execution import trace
+
+    weight = torch.empty(4, 8, 8, device="meta")
+    return trace(lambda x: torch.bmm(x[:, :, ::2], weight), (4, 3, 16), FLOAT)
+
+
+def test_the_cost_model_learns_a_roofline() -> None:
+    model = pretended()
+    r = random.Random(1)
+    for _ in range(30):
+        product = calibration.random_product(r, FLOAT)
+        truth = 2e-6 + product.flops / 1e11 + product.nbytes / 1e10
+        assert abs(model.seconds([product]) / truth - 1) < 0.05
+
+
+def test_a_calibration_survives_json(tmp_path: Path) -> None:
+    model = pretended()
+    path = calibration.save(model, tmp_path / "c.json")
+    again = CostModel.from_json(json.loads(path.read_text()))
+    product = MatrixProduct(1, 100, 200, 300, False, True, False, FLOAT)
+    assert again.seconds([product]) == pytest.approx(model.seconds([product]), rel=1e-9)
+    assert again.learned == model.learned
+    with pytest.raises(GramianError, match="version"):
+        CostModel.from_json({"version": 0})
+
+
+def test_a_damaged_calibration_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAMIAN_CACHE", str(tmp_path))
+    calibration.forget()
+    assert calibration.stored() is None
+    calibration.cache_file().write_text("{}")
+    calibration.forget()
+    with pytest.warns(UserWarning, match=r"calibration-.*json: not a calibration"):
+        assert calibration.stored() is None
+    calibration.forget()
+
+
+def test_the_faster_form_is_chosen() -> None:
+    model = pretended()
+    small = Skeleton.init((512, 512), rank=32, generator=seeded())
+    form, seconds = choose(small, 512, model=model)
+    assert not form.dense
+    assert seconds == min(predicted(small, f, 512, FLOAT, model) for f in candidates(small, FLOAT))
+    large = Skeleton.init((512, 512), rank=400, generator=seeded())
+    assert choose(large, 512, model=model)[0].dense
+    # A dtype without a fast kernel runs in float32.
+    half, _ = choose(small.to(dtype=torch.bfloat16), 512, model=model)
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_form_is_the_same_product(dtype: torch.dtype) -> None:
+    op = BlockLowRank.init((48, 80), rank=2, blocks=(4, 8), generator=seeded()).to(dtype=dtype)
+    x, bias = torch.randn(2, 3, 80, generator=seeded()).to(dtype), torch.randn(48, generator=seeded()).to(dtype)
+    wanted = x.double() @ op.to(dtype=torch.float64).dense().mT + bias.double()
+    for form in candidates(op, dtype):
+        y = form.kernel(form.operator(op), dtype)(x, bias)
+        assert y.dtype == dtype
+        assert y.is_contiguous()
+        torch.testing.assert_close(y.double(), wanted, rtol=0, atol=0.06 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def note(op: Operator, batch: int, dtype: torch.dtype) -> tuple[Form, float]:
+        seen.append(batch)
+        return Form(batch > 16, False, dtype), 0.0
+
+    monkeypatch.setattr("gramian.execution.forms.choose", note)
+    op = BlockLowRank.init((24, 16), rank=2, generator=seeded())
+    ready = Prepared(op)
+    for batch in (1, 3, 4, 100, 128, 3):
+        x = torch.randn(batch, 16)
+        torch.testing.assert_close(ready(x), x @ op.dense().mT)
+    assert seen == [1, 4, 128], "once for each power of two"
+
+
+def layers() -> list[nn.Module]:
+    torch.manual_seed(0)
+    first = StructuredLinear(BlockLowRank.init((96, 48), rank=2, blocks=(4, 4), generator=seeded()), torch.randn(96))
+    second = StructuredLinear(monarch(torch.randn(8, 4, 12), torch.randn(4, 16, 8)) @ Dense(torch.eye(96)), None)
+    return [first, nn.GELU(), second, nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_feature_major_chain_is_the_chain(grad: bool) -> None:
+    modules = layers()
+    chain, plain = FeatureMajor(*modules), nn.Sequential(*modules)
+    x = torch.randn(2, 7, 48, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(chain(x), plain(x), rtol=1e-4, atol=1e-5)
+        if grad:
+            wanted = torch.autograd.grad(plain(x).square().sum(), [x, *plain.parameters()])
+            found = torch.autograd.grad(chain(x).square().sum(), [x, *chain.parameters()])
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert list(chain.state_dict()) == list(plain.state_dict())
+
+
+def test_a_feature_major_chain_refuses_what_depends_on_the_layout() -> None:
+    with pytest.raises(GramianError, match="module 1 is a LayerNorm"):
+        FeatureMajor(nn.Linear(3, 3), nn.LayerNorm(3))
+
+
+def test_monarch_of_any_number_of_blocks() -> None:
+    k, q, p, length = 8, 4, 6, 16
+    s, r = 5, k * q // length
+    first, second = torch.randn(k, q, p, dtype=torch.float64), torch.randn(length, s, r, dtype=torch.float64)
+    x = torch.randn(3, k * p, dtype=torch.float64)
+    # The published algorithm: blocks, a transposition of the flat middle, blocks, a transposition.
+    middle = torch.einsum("kqp,bkp->bkq", first, x.reshape(3, k, p)).reshape(3, r, length).transpose(1, 2)
+    wanted = torch.einsum("lsr,blr->bls", second, middle).transpose(1, 2).reshape(3, length * s)
+    op = monarch(first, second)
+    torch.testing.assert_close(op.apply(x), wanted)
+    assert op.numel == first.numel() + second.numel()
+    with pytest.raises(GramianError, match="k q = l r"):
+        monarch(first, second[:3])
+
+
+def test_calibration_measures_quickly_and_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "LARGEST_FLOPS", 2e7)
+    model = calibration.calibrate(budget=1.0)
+    assert len(model.products["float32"]) >= 24
+    assert len(model.products["bfloat16"]) >= 24
+    small = MatrixProduct(1, 8, 8, 8, False, False, False, FLOAT)
+    large = MatrixProduct(1, 256, 256, 256, False, False, False, FLOAT)
+    assert 0 < model.seconds([small]) < model.seconds([large])
+    assert len(features(small)) == 9
+
+
+def test_layers_run_with_a_stored_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAMIAN_CACHE", str(tmp_path))
+    calibration.forget()
+    calibration.save(pretended())
+    layer = as_linear(Skeleton.init((64, 48), rank=4, generator=seeded()), torch.randn(64))
+    assert isinstance(layer, StructuredLinear)
+    x = torch.randn(5, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    calibration.forget()
