@@ -1,4 +1,4 @@
-"""``gramian``: compress, inspect."""
+"""``gramian``: compress, inspect, bench."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def cli() -> None:
     gramian compress --keep 0.5 --out small        a real sentence encoder, half the parameters
     gramian compress MODEL --keep 0.3 --heal 300 --data text.txt --out small
     gramian inspect MODEL --out spectra            a page about the weights' spectra
+    gramian bench --calibrate                      teach the cost model this machine
     """
 
 
@@ -116,6 +117,35 @@ def inspect(
         from gramian.cli.inspect import run_inspect
 
         run_inspect(model, out, json_output=as_json, include=include, exclude=exclude)
+
+    _guard(work, as_json)
+
+
+@cli.command()
+@click.option("--calibrate", is_flag=True, help="Measure this machine for the cost model, keep the result, and stop.")
+@click.option("--sizes", default="512,1024,2048", show_default=True, help="Sides of the square matrices.")
+@click.option("--batches", default="1,32,512", show_default=True, help="Rows of the input.")
+@click.option("--dtypes", default="float32", show_default=True, help="Of weights and activations.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only structures whose name holds this (repeatable).")
+@click.option("--out", type=click.Path(), help="Directory for bench.html and bench.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def bench(
+    calibrate: bool, sizes: str, batches: str, dtypes: str, only: tuple[str, ...], out: str | None, as_json: bool
+) -> None:
+    """Measure structured layers on this machine: against dense, the hardware's bounds, and other libraries.
+
+    With --calibrate, teach the cost model this machine (20 seconds): layers then run in the form that is fastest, and
+    gramian compress --cost latency plans for it.
+    """
+    _quiet_threads()
+
+    def work() -> None:
+        from gramian.cli.bench import run_bench, run_calibrate
+
+        if calibrate:
+            run_calibrate(json_output=as_json)
+        else:
+            run_bench(out, sizes=sizes, batches=batches, dtypes=dtypes, names=only, json_output=as_json)
 
     _guard(work, as_json)
 

@@ -109,7 +109,9 @@ class Residuals:
             covariance = self._kernel(self.x, self.x, bounded) + (bounded[-1].exp().square() + 1e-8) * eye
             factor = torch.linalg.cholesky(covariance)
             white = torch.linalg.solve_triangular(factor, self.y[:, None], upper=False)
-            value = 0.5 * white.square().sum() + factor.diagonal().log().sum() + 0.01 * (theta - 1).square().sum()
+            value: Tensor = (
+                0.5 * white.square().sum() + factor.diagonal().log().sum() + 0.01 * (theta - 1).square().sum()
+            )
             value.backward()  # type: ignore[no-untyped-call]
             return value
 

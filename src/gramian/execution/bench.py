@@ -1,0 +1,239 @@
+"""Every structure against dense, the hardware's bounds and the peers, on this machine: ``gramian bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramian.execution.calibration import median_seconds, stored
+from gramian.execution.forms import choose
+from gramian.ops import BlockDiagonal, BlockLowRank, Operator, monarch, structures
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One structure at one size, batch and dtype; seconds are medians of interleaved runs.
+
+    Attributes:
+        name: of the structure.
+        n: the matrix is n x n.
+        batch: rows of x.
+        dtype: of weights and activations.
+        keep: stored numbers as a share of n^2.
+        dense: seconds of ``F.linear`` with the dense matrix in the same dtype.
+        rows: seconds of ``op.apply``.
+        columns: seconds of ``op.apply_columns`` on activations that are feature-major already.
+        chosen: seconds of the form that the execution plan picks, and its name.
+        form: that name.
+        bound: least possible seconds: operations at the best rate seen here, or the bytes of weights, input and output at
+            the memory's rate, whichever takes longer.
+        predicted: seconds that the cost model gives to the chosen form; NaN without a calibration.
+        peers: seconds of other libraries and of the papers' own way of writing it, by name.
+    """
+
+    name: str
+    n: int
+    batch: int
+    dtype: str
+    keep: float
+    dense: float
+    rows: float
+    columns: float
+    chosen: float
+    form: str
+    bound: float
+    predicted: float
+    peers: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def zoo(n: int, seed: int = 0) -> dict[str, Operator]:
+    """Structures of size n x n as the literature uses them, and every registered one at a quarter of the numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, n)
+    out: dict[str, Operator] = {
+        "low rank, keep 1/2": BlockLowRank.init(shape, rank=n // 4, generator=generator),
+        "low rank, keep 1/4": BlockLowRank.init(shape, rank=n // 8, generator=generator),
+        "4 x 4 blocks of low rank, keep 1/2": BlockLowRank.init(
+            shape, rank=max(1, n // 16), blocks=(4, 4), generator=generator
+        ),
+        "8 x 8 blocks of low rank, keep 1/4": BlockLowRank.init(
+            shape, rank=max(1, n // 64), blocks=(8, 8), generator=generator
+        ),
+        "block diagonal, 4 blocks": BlockDiagonal.init(shape, blocks=4, generator=generator),
+        "block diagonal, 16 blocks": BlockDiagonal.init(shape, blocks=16, generator=generator),
+    }
+    if n % 64 == 0:
+        first, second = (torch.randn(64, n // 64, n // 64, generator=generator) / (n // 64) ** 0.5 for _ in range(2))
+        out["Monarch, 64 blocks"] = monarch(first, second)
+    for kind, cls in structures().items():
+        if cls.fittable and kind not in ("dense", "block_low_rank", "block_diagonal", "quantized"):
+            sizes = cls.sizes(shape, 0.25)
+            if sizes:
+                out[kind.replace("_", " ")] = cls.init(shape, generator=generator, **sizes[0])
+    return out
+
+
+def peak_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a large dense product: the best that this machine does."""
+    n = 1024
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(median_seconds(partial(torch.mm, a, b)) for _ in range(3))
+
+
+def bandwidth() -> float:
+    """Bytes a second when reading a matrix that no cache holds."""
+    matrix, x = torch.randn(4096, 8192), torch.randn(8192)
+    return matrix.numel() * 4 / min(median_seconds(partial(torch.mv, matrix, x)) for _ in range(3))
+
+
+def bound(op: Operator, batch: int, rate: float, memory: float) -> float:
+    """Least possible seconds of a product, see ``Row.bound``."""
+    item = op.dtype.itemsize
+    return max(op.flops(batch) / rate, (op.nbytes + batch * sum(op.shape) * item) / memory)
+
+
+def peers(op: Operator, x: Tensor) -> dict[str, Call]:
+    """The same product by others: the published way of writing it, torch.sparse, CoLA and linear_operator if installed."""
+    from gramian.ops import BlockSparse, KroneckerSum, Product
+
+    out: dict[str, Call] = {}
+    if isinstance(op, Product) and all(isinstance(part, BlockDiagonal) for part in op.parts):
+        second, first = (part.values for part in op.parts if isinstance(part, BlockDiagonal))
+        out["as published (Monarch)"] = partial(_published_monarch, x, first, second)
+    if op.kind == "blast":
+        factors = op.factors()
+        out["as published (BLAST)"] = partial(_published_blast, x, *(factors[k] for k in ("left", "scales", "right")))
+    if isinstance(op, BlockSparse) and x.dtype == torch.float32:
+        dense = op.dense()
+        height, width = op.values.shape[2:]
+        if dense.shape[0] % height == 0 and dense.shape[1] % width == 0:
+            stored_as = dense.to_sparse_bsr((height, width))
+            out["torch.sparse (BSR)"] = partial(F.linear, x, stored_as)
+    if isinstance(op, KroneckerSum) and op.left.shape[0] == 1 and x.dtype == torch.float32:
+        left, right = op.left[0], op.right[0]
+        if importlib.util.find_spec("cola") is not None:
+            import cola
+
+            product = cola.ops.Kronecker(cola.ops.Dense(left), cola.ops.Dense(right))
+            out["CoLA"] = lambda: product @ x.mT
+        if importlib.util.find_spec("linear_operator") is not None:
+            from linear_operator.operators import DenseLinearOperator, KroneckerProductLinearOperator
+
+            lazy = KroneckerProductLinearOperator(DenseLinearOperator(left), DenseLinearOperator(right))
+            out["linear_operator"] = lambda: lazy @ x.mT
+    return out
+
+
+def _published_monarch(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Batch-first blocks with a copy at every permutation, as the research code runs it."""
+    (k, _, p), (length, s, r) = first.shape, second.shape
+    middle = torch.bmm(x.reshape(-1, k, p).transpose(0, 1), first.transpose(-1, -2))
+    middle = middle.transpose(0, 1).reshape(-1, r, length).transpose(-1, -2).contiguous().transpose(0, 1)
+    y = torch.bmm(middle, second.transpose(-1, -2))
+    return y.permute(1, 2, 0).reshape(-1, s * length)
+
+
+def _published_blast(x: Tensor, left: Tensor, scales: Tensor, right: Tensor) -> Tensor:
+    """The middle step by a broadcast over (rows, columns, batch, rank), as the research code runs it."""
+    j, _, q = right.shape
+    z = torch.bmm(x.reshape(-1, j, q).transpose(0, 1), right.mT)  # (J, B, r)
+    mixed = (scales[:, :, None] * z[None]).sum(1)  # (I, B, r)
+    return torch.bmm(mixed, left.mT).transpose(0, 1).reshape(len(x), -1)
+
+
+def interleaved(calls: Mapping[str, Call], *, seconds: float = 0.25, least: int = 5) -> dict[str, float]:
+    """Median seconds of each call, taken in turn, so that a busy moment hits all alike."""
+    once = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        once[name] = time.perf_counter() - start
+    groups = {name: max(1, round(2e-4 / max(taken, 1e-7))) for name, taken in once.items()}
+    rounds = max(least, min(200, round(seconds / max(sum(once[n] * groups[n] for n in calls), 1e-7))))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(groups[name]):
+                call()
+            taken[name].append((time.perf_counter() - start) / groups[name])
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def bench(
+    sizes: Sequence[int] = (512, 1024, 2048),
+    batches: Sequence[int] = (1, 32, 512),
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    *,
+    names: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Measure this machine.
+
+    Args:
+        sizes: n of the square matrices.
+        batches: rows of x.
+        dtypes: of weights and activations.
+        names: only structures whose name holds one of these; all by default.
+        progress: called with (done, total).
+    """
+    memory = bandwidth()
+    rates = {dtype: peak_rate(dtype) for dtype in dtypes}
+    out: list[Row] = []
+    cases = [(n, dtype) for n in sizes for dtype in dtypes]
+    for place, (n, dtype) in enumerate(cases):
+        chosen = {k: op for k, op in zoo(n).items() if not names or any(name in k for name in names)}
+        weight = (torch.randn(n, n) / n**0.5).to(dtype)
+        for index, (name, plain) in enumerate(chosen.items()):
+            op = plain.to(dtype=dtype)
+            with torch.inference_mode():
+                out += [_row(name, op, weight, n, batch, rates[dtype], memory) for batch in batches]
+            if progress is not None:
+                progress(place * len(chosen) + index + 1, len(cases) * len(chosen))
+    return out
+
+
+def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: float, memory: float) -> Row:
+    x = torch.randn(batch, n).to(op.dtype)
+    across = x.mT.contiguous()
+    form, predicted = choose(op, batch)
+    kernel = form.kernel(form.operator(op), op.dtype)
+    others = peers(op, x)
+    run = op.runtime()
+    calls: dict[str, Call] = {
+        "dense": partial(F.linear, x, weight),
+        "rows": partial(run.apply, x),
+        "columns": partial(run.apply_columns, across),
+        "chosen": lambda: kernel(x, None),
+        **others,
+    }
+    took = interleaved(calls)
+    label = f"{'dense' if form.dense else 'structured'}, {'feature' if form.columns else 'row'}-major"
+    if form.dtype != op.dtype:
+        label += f", {str(form.dtype).removeprefix('torch.')}"
+    return Row(
+        name, n, batch, str(op.dtype).removeprefix("torch."), op.numel / n**2, took["dense"], took["rows"],
+        took["columns"], took["chosen"], label, bound(run, batch, rate, memory), predicted,
+        {peer: took[peer] for peer in others},
+    )  # fmt: skip
+
+
+def calibrated() -> bool:
+    """Whether this machine has a calibration, so that forms are chosen by predicted time."""
+    return stored() is not None
