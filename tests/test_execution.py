@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
+from gramian.cli.bench import run_calibrate
+from gramian.cli.main import cli
 from gramian.errors import GramianError
 from gramian.execution import (
     CostModel,
@@ -214,4 +217,59 @@ def test_layers_run_with_a_stored_calibration(tmp_path: Path, monkeypatch: pytes
     x = torch.randn(5, 48)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    calibration.forget()
+
+
+def test_bench_measures_and_reports(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    result = CliRunner().invoke(
+        cli,
+        [
+            "bench",
+            "--sizes",
+            "64",
+            "--batches",
+            "1,4",
+            "--only",
+            "low rank",
+            "--only",
+            "Monarch",
+            "--out",
+            str(out),
+            "--json",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    rows = report["rows"]
+    assert {(row["n"], row["batch"]) for row in rows} == {(64, 1), (64, 4)}
+    assert all(row[way] > 0 for row in rows for way in ("dense", "rows", "columns", "chosen", "bound"))
+    assert any("as published (Monarch)" in row["peers"] for row in rows)
+    assert json.loads((out / "bench.json").read_text())["rows"] == rows
+    assert "Speed-up over dense" in (out / "bench.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sizes", "many"], "--sizes 'many'"),
+        (["--batches", "0"], "--batches '0'"),
+        (["--dtypes", "int8"], "--dtypes int8"),
+        (["--sizes", "8", "--batches", "1", "--only", "nothing"], "no structure's name holds nothing"),
+    ],
+)
+def test_bench_refuses_bad_input(options: list[str], said: str, tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    result = CliRunner().invoke(cli, ["bench", *options, "--out", str(out)])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not out.exists()
+
+
+def test_calibrate_keeps_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAMIAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "LARGEST_FLOPS", 2e7)
+    calibration.forget()
+    run_calibrate(json_output=True, budget=0.5)
+    assert calibration.stored() is not None
     calibration.forget()

@@ -17,12 +17,12 @@ from gramian.errors import GramianError
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 
 
-def run_calibrate(*, json_output: bool = False) -> None:
-    """Measure products and memory traffic, and keep the cost model in the user's cache directory."""
+def run_calibrate(*, json_output: bool = False, budget: float = 18.0) -> None:
+    """Measure products and memory traffic for `budget` seconds; keep the cost model in the user's cache directory."""
     from gramian.execution import calibrate, save
 
     start = time.perf_counter()
-    model = calibrate()
+    model = calibrate(budget=budget)
     path = save(model)
     facts: dict[str, Any] = {
         "calibration": str(path),
@@ -64,21 +64,24 @@ def run_bench(
         if kind not in DTYPES:
             raise GramianError(f"--dtypes {kind}: expected one of {', '.join(DTYPES)}")
     import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
 
     from gramian.execution.bench import bench, calibrated
     from gramian.execution.calibration import machine
     from gramian.models.checkpoint import atomic_directory
     from gramian.report.bench_page import bench_page
 
-    bar: Any = click.progressbar(length=1000, label="measuring", file=click.get_text_stream("stderr"))
     with nullcontext() if out is None else atomic_directory(out) as folder:
-        with bar as shown:
+        with Progress(console=Console(stderr=True), disable=json_output, transient=True) as shown:
+            task = shown.add_task("measuring", total=None)
             found = bench(
                 lengths,
                 rows,
                 [getattr(torch, kind) for kind in kinds],
                 names=names,
-                progress=lambda done, total: shown.update(1000 * done // total - shown.pos),
+                progress=lambda done, total: shown.update(task, completed=done, total=total),
             )
         if not found:
             raise GramianError(f"no structure's name holds {', '.join(names)}; run gramian bench without --only")
@@ -95,9 +98,6 @@ def run_bench(
     if json_output:
         click.echo(json.dumps(report))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title="speed-up over torch's dense layer")
     for head in ("structure", "n", "batch", "dtype", "keep", "dense ms", "rows", "columns", "chosen", "bound", "form"):
         table.add_column(head, justify="left" if head in ("structure", "dtype", "form") else "right")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gramian.execution.calibration import median_seconds, stored
 from gramian.execution.forms import choose
-from gramian.ops import BlockDiagonal, BlockLowRank, Operator, monarch, structures
+from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Operator, monarch, structures
 
 Call = Callable[[], object]
 
@@ -74,6 +74,7 @@ def zoo(n: int, seed: int = 0) -> dict[str, Operator]:
         "8 x 8 blocks of low rank, keep 1/4": BlockLowRank.init(
             shape, rank=max(1, n // 64), blocks=(8, 8), generator=generator
         ),
+        "BLAST, 8 x 8 blocks, keep 1/4": Blast.init(shape, rank=n // 8, blocks=(8, 8), generator=generator),
         "block diagonal, 4 blocks": BlockDiagonal.init(shape, blocks=4, generator=generator),
         "block diagonal, 16 blocks": BlockDiagonal.init(shape, blocks=16, generator=generator),
     }
@@ -81,7 +82,7 @@ def zoo(n: int, seed: int = 0) -> dict[str, Operator]:
         first, second = (torch.randn(64, n // 64, n // 64, generator=generator) / (n // 64) ** 0.5 for _ in range(2))
         out["Monarch, 64 blocks"] = monarch(first, second)
     for kind, cls in structures().items():
-        if cls.fittable and kind not in ("dense", "block_low_rank", "block_diagonal", "quantized"):
+        if cls.fittable and kind not in ("dense", "block_low_rank", "block_diagonal", "blast", "quantized"):
             sizes = cls.sizes(shape, 0.25)
             if sizes:
                 out[kind.replace("_", " ")] = cls.init(shape, generator=generator, **sizes[0])
@@ -152,7 +153,7 @@ def _published_blast(x: Tensor, left: Tensor, scales: Tensor, right: Tensor) -> 
     """The middle step by a broadcast over (rows, columns, batch, rank), as the research code runs it."""
     j, _, q = right.shape
     z = torch.bmm(x.reshape(-1, j, q).transpose(0, 1), right.mT)  # (J, B, r)
-    mixed = (scales[:, :, None] * z[None]).sum(1)  # (I, B, r)
+    mixed = (scales.permute(1, 2, 0)[:, :, None] * z[None]).sum(1)  # (I, B, r)
     return torch.bmm(mixed, left.mT).transpose(0, 1).reshape(len(x), -1)
 
 

@@ -23,7 +23,6 @@ from gramian.errors import GramianError
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import MatrixProduct
 
-BUDGET_SECONDS = 18.0
 LARGEST_FLOPS = 5e9
 
 
@@ -99,9 +98,7 @@ def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch
     return torch.randn(count, rows, columns, device=device).to(dtype)
 
 
-def calibrate(
-    *, budget: float = BUDGET_SECONDS, seed: int = 0, progress: Callable[[float], None] | None = None
-) -> CostModel:
+def calibrate(*, budget: float = 18.0, seed: int = 0, progress: Callable[[float], None] | None = None) -> CostModel:
     """Measure products and passes for about `budget` seconds, on the threads torch uses now.
 
     Args:
