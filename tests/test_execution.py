@@ -13,6 +13,7 @@ from torch import nn
 
 from gramian.cli.bench import run_calibrate
 from gramian.cli.main import cli
+from gramian.compression import Layer, build_entry, dense_cost, make_plan, options
 from gramian.errors import GramianError
 from gramian.execution import (
     CostModel,
@@ -272,4 +273,26 @@ def test_calibrate_keeps_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     calibration.forget()
     run_calibrate(json_output=True, budget=0.5)
     assert calibration.stored() is not None
+    calibration.forget()
+
+
+def test_a_budget_of_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAMIAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(options, "_NANOSECONDS", {})
+    calibration.forget()
+    layers = {
+        name: Layer(name, torch.randn(256, 192, generator=seeded(i)) * 10.0**-i, None) for i, name in enumerate("ab")
+    }
+    with pytest.raises(GramianError, match="not calibrated"):
+        make_plan(layers, [], keep=0.5, cost="latency", uniform=False)
+    calibration.save(pretended())
+    before = sum(dense_cost(layer).of("latency") for layer in layers.values())
+    assert before == pytest.approx(
+        2e9 * (2e-6 + 2 * 512 * 256 * 192 / 1e11 + 4 * (512 * 448 + 256 * 192) / 1e10), rel=0.2
+    )
+    plan = make_plan(layers, [], keep=0.8, cost="latency", uniform=False)
+    assert 0 < plan.used <= plan.budget <= 0.8 * before
+    built = [build_entry(entry, layers) for entry in plan.entries]
+    again = sum(options.nanoseconds(op) for made in built for op, _ in made.layers.values())
+    assert again == plan.used, "what was built is what was planned"
     calibration.forget()

@@ -36,7 +36,7 @@ def cli() -> None:
     "--cost",
     default="params",
     show_default=True,
-    help="What is counted: params, bytes or flops.",
+    help="What is counted: params, bytes, flops or latency (after gramian bench --calibrate).",
 )
 @click.option("--data", type=click.Path(), help="UTF-8 text to calibrate on. Default: CPython's own documentation.")
 @click.option("--structures", default="auto", show_default=True, help="What may compete: names with commas between.")

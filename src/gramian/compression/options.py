@@ -6,8 +6,10 @@ structure of ``gramian.ops``; joint methods span layers. They all speak the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from gramian.compression.layer import Layer
 from gramian.errors import GramianError
+from gramian.execution import choose
 from gramian.fitting import fit
 from gramian.linalg import interpolation, psd_solve, reduced_rank
 from gramian.nn.structured_embedding import lookup_flops
@@ -22,23 +25,62 @@ from gramian.ops import BlockLowRank, Dense, Operator, Product, Quantized, Selec
 from gramian.ops.operator import Size
 from gramian.ops.quantized import grid_error
 
-COSTS = ("params", "bytes", "flops")
+COSTS = ("params", "bytes", "flops", "latency")
+LATENCY_ROWS = 512
+"""Rows (tokens) at once for which a budget of latency counts run time."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Exact counts of one candidate: stored numbers, stored bytes, floating-point operations a token."""
+    """Exact counts of one candidate: stored numbers, stored bytes, floating-point operations a token; and what runs."""
 
     params: int
     bytes: int
     flops: int
+    runs: Callable[[], Sequence[Operator]] = field(default=lambda: (), compare=False, repr=False)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.bytes + other.bytes, self.flops + other.flops)
+        both = (self.runs, other.runs)
+        return Cost(
+            self.params + other.params,
+            self.bytes + other.bytes,
+            self.flops + other.flops,
+            lambda: [op for runs in both for op in runs()],
+        )
 
     def of(self, kind: str) -> int:
-        """The count of that name."""
+        """The count of that name; "latency": predicted nanoseconds for `LATENCY_ROWS` rows, each product in its fastest
+        form.
+
+        Raises:
+            GramianError: latency on a machine that was not calibrated.
+        """
+        if kind == "latency":
+            return sum(nanoseconds(op) for op in self.runs())
         return int(getattr(self, kind))
+
+
+_NANOSECONDS: dict[str, int] = {}
+
+
+def nanoseconds(op: Operator) -> int:
+    """Predicted run time of ``op`` on `LATENCY_ROWS` rows, by the calibration of this machine; shapes decide alone.
+
+    Raises:
+        GramianError: there is no calibration.
+    """
+    key = f"{op.config()} {op.dtype}"
+    if key not in _NANOSECONDS:
+        seconds = choose(op.to("meta"), LATENCY_ROWS)[1]
+        if math.isnan(seconds):
+            raise GramianError("cost latency: this machine is not calibrated; run gramian bench --calibrate first")
+        _NANOSECONDS[key] = round(seconds * 1e9)
+    return _NANOSECONDS[key]
+
+
+def unfilled(out: int, in_: int, dtype: torch.dtype) -> Dense:
+    """A dense matrix without numbers: its shape stands for its run time."""
+    return Dense(torch.empty(out, in_, dtype=dtype, device="meta"))
 
 
 @dataclass(frozen=True)
@@ -74,12 +116,16 @@ class Built:
 def dense_cost(layer: Layer) -> Cost:
     """What the layer costs as it is; a look-up takes no arithmetic."""
     n = layer.weight.numel()
-    return Cost(n, n * layer.weight.element_size(), 0 if layer.embedding else 2 * n)
+    if layer.embedding:
+        return Cost(n, n * layer.weight.element_size(), 0)
+    return Cost(n, n * layer.weight.element_size(), 2 * n, lambda: (unfilled(*layer.shape, layer.weight.dtype),))
 
 
 def op_cost(op: Operator, layer: Layer) -> Cost:
     """What `op` costs in the place of `layer`."""
-    return Cost(op.numel, op.nbytes, lookup_flops(op) if layer.embedding else op.flops())
+    if layer.embedding:
+        return Cost(op.numel, op.nbytes, lookup_flops(op))
+    return Cost(op.numel, op.nbytes, op.flops(), lambda: (op,))
 
 
 # One layer ---------------------------------------------------------------------------------------------------------
@@ -113,9 +159,17 @@ def _skeleton_curve(layer: Layer) -> list[Candidate]:
         numbers = Skeleton.count(layer.shape, rank)
         if numbers >= out * in_:
             break
-        cost = Cost(numbers, (numbers - out) * item + 4 * out, 2 * rank * (out + in_))
+        pair = partial(_unfilled_pair, layer, rank)
+        cost = Cost(numbers, (numbers - out) * item + 4 * out, 2 * rank * (out + in_), pair)
         candidates.append(Candidate("skeleton", {"rank": rank}, cost, float(errors[rank])))
     return candidates
+
+
+def _unfilled_pair(layer: Layer, rank: int) -> tuple[Operator]:
+    left, right = (
+        unfilled(*shape, layer.weight.dtype).weight for shape in ((layer.shape[0], rank), (rank, layer.shape[1]))
+    )
+    return (BlockLowRank.low_rank(left, right),)
 
 
 def rounding_energy(layer: Layer) -> float:
@@ -184,7 +238,7 @@ def embedding_sizes(layer: Layer, methods: Sequence[str], cost: str) -> list[tup
     """
     rows, width = layer.shape
     out: list[tuple[str, Size, Cost]] = [("dense", {}, dense_cost(layer))]
-    if cost == "flops":
+    if cost in ("flops", "latency"):
         return out
     if "skeleton" in methods or "block_low_rank" in methods:
         for rank in range(max(1, width // 48), width, max(1, width // 48)):
@@ -273,7 +327,8 @@ class Neurons:
         out = []
         for k in range(self.step, width, self.step):
             n = k * per_neuron
-            out.append(Candidate("neurons", {"width": k}, Cost(n, n * item, 2 * n), float(errors[k]) * self.down.unit))
+            cost_here = Cost(n, n * item, 2 * n, partial(self._unfilled, k))
+            out.append(Candidate("neurons", {"width": k}, cost_here, float(errors[k]) * self.down.unit))
         if cost == "bytes":
             energy = sum(rounding_energy(layer) * layer.unit for layer in layers)
             for k in range(4 * self.step, width, 4 * self.step):
@@ -284,6 +339,11 @@ class Neurons:
                     error = float(errors[k]) * self.down.unit + energy * k / width * grid_error("gaussian", bits)
                     out.append(Candidate("neurons", {"width": k, "bits": bits}, Cost(n, stored, 2 * n), error))
         return out
+
+    def _unfilled(self, width: int) -> list[Operator]:
+        dtype = self.down.weight.dtype
+        ups = [unfilled(width, up.shape[1], dtype) for up in self.ups]
+        return [*ups, unfilled(self.down.shape[0], width, dtype)]
 
     def build(self, size: Mapping[str, Any]) -> Built:
         """The narrower layers."""
@@ -460,9 +520,22 @@ def _head_curve(kind: str, first: Layer, second: Layer, lost: Tensor, heads: int
     inner = first.shape[1] + (second.shape[1] if kind == "query_key" else second.shape[0])
     out = []
     for k in range(heads, first.shape[0], heads):
-        cost = Cost(k * (inner + 2), k * (inner * item + 8), 2 * k * inner)
+        runs = partial(_unfilled_heads, kind, first, second, k)
+        cost = Cost(k * (inner + 2), k * (inner * item + 8), 2 * k * inner, runs)
         out.append(Candidate(kind, {"dimensions": k}, cost, max(float(lost[k]), 0.0)))
     return out
+
+
+def _unfilled_heads(kind: str, first: Layer, second: Layer, k: int) -> list[Operator]:
+    dtype, index = first.weight.dtype, torch.empty(k, dtype=torch.int32, device="meta")
+
+    def written(layer: Layer) -> Operator:
+        return Product((Selection(index, layer.shape[0], scatter=True), unfilled(k, layer.shape[1], dtype)))
+
+    if kind == "query_key":
+        return [written(first), written(second)]
+    read = Product((unfilled(second.shape[0], k, dtype), Selection(index, second.shape[1])))
+    return [written(first), read]
 
 
 def _head_ranks(owner: Tensor, total: int, heads: int, width: int) -> tuple[list[int], Tensor]:

@@ -31,6 +31,7 @@ SCHEMA = 1
 AUTO = {
     "params": ("skeleton", "neurons", "query_key", "value_output"),
     "flops": ("skeleton", "neurons", "query_key", "value_output"),
+    "latency": ("skeleton", "neurons", "query_key", "value_output"),
     "bytes": ("quantized", "skeleton", "neurons"),
 }
 """What ``structures="auto"`` lets compete, by cost; dense always does. Other structures join when named: each of their sizes is
@@ -63,7 +64,7 @@ class Plan:
     """A readable, editable plan.
 
     Attributes:
-        cost: "params", "bytes" or "flops".
+        cost: "params", "bytes", "flops" or "latency" (predicted run time on this machine).
         keep: share of the chosen layers' cost to keep.
         budget: that share in units of cost.
         entries: decisions; every chosen layer is in exactly one.
@@ -192,7 +193,7 @@ def make_plan(
         layers: by name.
         joints: layers with joint options; a layer may be in one of them at most.
         keep: share of the layers' present cost.
-        cost: "params", "bytes" or "flops".
+        cost: "params", "bytes", "flops" or "latency" (predicted run time on this machine).
         structures: names that compete, or "auto".
         uniform: give every group its own share of the budget instead of one budget for all. By default only when errors
             of different layers do not compare: without output gradients.

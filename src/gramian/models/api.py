@@ -152,7 +152,7 @@ def plan(
         model: what `grams` was collected from.
         grams: from ``collect``.
         keep: share of the layers' cost to keep, above 0 and at most 1.
-        cost: "params", "bytes" or "flops".
+        cost: "params", "bytes", "flops" or "latency".
         structures: what may compete, by name; dense always does.
         progress: called with ("plan", curves done, curves in all).
 

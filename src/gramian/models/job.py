@@ -52,7 +52,7 @@ class Settings:
 
     Attributes:
         keep: share to keep.
-        cost: "params", "bytes" or "flops".
+        cost: "params", "bytes", "flops" or "latency".
         structures: comma-separated names, or "auto".
         objective: "auto", "features", "lm" or "none".
         heal: steps of distillation.
@@ -132,7 +132,7 @@ class Job:
         chosen = Plan.load(s.plan) if s.plan else None
         self.loaded = load_model(self.model, self.data)
         heads = () if s.include else self.loaded.heads
-        tables = s.embeddings and s.cost != "flops"
+        tables = s.embeddings and s.cost not in ("flops", "latency")
         found = find_layers(self.loaded.model, include=s.include, exclude=(*s.exclude, *heads), embeddings=tables)
         if s.embeddings and not tables:
             self.warnings.append("--embeddings has no effect on a budget of FLOPs: a look-up takes none")
@@ -401,6 +401,11 @@ class Job:
                         "bytes_after": after.bytes,
                         "flops_before": before.flops,
                         "flops_after": after.flops,
+                        **(
+                            {"latency_before": before.of("latency"), "latency_after": after.of("latency")}
+                            if chosen.cost == "latency"
+                            else {}
+                        ),
                         "predicted": entry.predicted if first else None,
                         "measured": sum(made.error.values()) if first else None,
                         "relative": measured / max(layer.error(torch.zeros_like(layer.weight)), 1e-300),
@@ -412,7 +417,7 @@ class Job:
         rows.sort(key=lambda row: order[str(row["name"])])
         total = {
             f"{what}_{when}": sum(int(row[f"{what}_{when}"]) for row in rows)
-            for what in ("params", "bytes", "flops")
+            for what in ("params", "bytes", "flops", *(["latency"] if chosen.cost == "latency" else []))
             for when in ("before", "after")
         }
         model_before = _parameters(self.loaded.model)
@@ -498,9 +503,12 @@ def _least(layer: Layer, methods: Sequence[str], cost: str) -> int:
             m, n = layer.shape
             least = min(
                 least,
-                {"params": 2 * m + n, "bytes": (m + n) * layer.weight.element_size() + 4 * m, "flops": 2 * (m + n)}[
-                    cost
-                ],
+                {
+                    "params": 2 * m + n,
+                    "bytes": (m + n) * layer.weight.element_size() + 4 * m,
+                    "flops": 2 * (m + n),
+                    "latency": 0,  # a product has a start-up time that no rank undercuts; found out when planned
+                }[cost],
             )
         elif method == "quantized":
             for candidate in single_curve(layer, method, cost):

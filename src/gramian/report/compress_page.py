@@ -36,7 +36,12 @@ from gramian.report.page import (
 
 Json = Mapping[str, Any]
 
-UNITS = {"params": ("parameters", ""), "bytes": ("bytes", "B"), "flops": ("FLOPs per token", "")}
+UNITS = {
+    "params": ("parameters", ""),
+    "bytes": ("bytes", "B"),
+    "flops": ("FLOPs per token", ""),
+    "latency": ("nanoseconds for 512 tokens", ""),
+}
 """Unit of a budget -> (its name, the unit sign after a decimal prefix)."""
 
 # What keeps the page below 1 MB.
