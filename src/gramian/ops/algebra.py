@@ -8,6 +8,8 @@ n m numbers for n + m to stay one multiplication.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -26,16 +28,17 @@ def transpose(op: Operator) -> Operator:
 
 def scale(op: Operator, factor: float | Tensor) -> Operator:
     """``factor * op``, folded into a factor of `op` where that is exact."""
-    value = torch.as_tensor(factor, dtype=op.dtype, device=op.device)
+    # A Python number is folded as it is: making a tensor of it would cost more than the rest.
+    value = factor.to(op.device, op.dtype) if isinstance(factor, Tensor) else factor
     if isinstance(op, Dense):
         return Dense(op.weight * value)
     if isinstance(op, Diagonal):
         return Diagonal(op.values * value)
     if isinstance(op, BlockLowRank):
-        return op.replace(left=op.left * value)
+        return dataclasses.replace(op, left=op.left * value)
     if isinstance(op, Scaled):
         return Scaled(op.factor * value, op.base)
-    return Scaled(value, op)
+    return Scaled(torch.as_tensor(value, dtype=op.dtype, device=op.device), op)
 
 
 def add(*ops: Operator) -> Operator:
@@ -116,17 +119,17 @@ def _fuse(a: Operator, b: Operator) -> Operator | None:
         if isinstance(b, Dense):
             return Dense(a.values[:, None] * b.weight)
         if isinstance(b, BlockLowRank) and b.blocks == (1, 1):
-            return b.replace(left=a.values[None, :, None] * b.left)
+            return dataclasses.replace(b, left=a.values[None, :, None] * b.left)
     if isinstance(b, Diagonal):
         if isinstance(a, Dense):
             return Dense(a.weight * b.values)
         if isinstance(a, BlockLowRank) and a.blocks == (1, 1):
-            return a.replace(right=a.right * b.values)
+            return dataclasses.replace(a, right=a.right * b.values)
     if isinstance(a, Permutation) and isinstance(b, Dense):
         return Dense(b.weight[a.index.long()])
     if isinstance(a, Dense) and isinstance(b, Permutation):
         return Dense(a.weight[:, b.T.index.long()])  # type: ignore[attr-defined]
-    if isinstance(a, Dense) and isinstance(b, Dense) and a.shape[0] * b.shape[1] <= a.numel + b.numel:
+    if isinstance(a, Dense) and isinstance(b, Dense) and a.shape[0] * b.shape[1] <= a.weight.numel() + b.weight.numel():
         return Dense(a.weight @ b.weight)
     if isinstance(b, BlockLowRank) and b.blocks == (1, 1) and isinstance(a, Dense) and a.shape[0] <= a.shape[1]:
         return BlockLowRank.low_rank(a.weight @ b.left[0], b.right[0])

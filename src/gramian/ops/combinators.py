@@ -212,7 +212,7 @@ class Kron(Operator):
     def apply(self, x: Tensor) -> Tensor:
         batch = x.shape[:-1]
         y = self.right.apply(x.reshape(*batch, self.left.shape[1], self.right.shape[1]))
-        return self.left.apply(y.mT).mT.reshape(*batch, self.shape[0])
+        return self.left.apply(y.mT.contiguous()).mT.reshape(*batch, self.shape[0])
 
     def apply_columns(self, x: Tensor) -> Tensor:
         """The left factor needs no copy: its columns are whole runs of (right, batch)."""
