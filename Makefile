@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench claims docs clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf demo
@@ -21,18 +21,26 @@ test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/lint.stamp
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks claims examples docs
+	$(BIN)/ruff format --check src tests benchmarks claims examples docs
 	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp
 	cd benchmarks && ../$(BIN)/python encoder.py baselines plain free bytes flops
 	cd benchmarks && ../$(BIN)/python prediction.py
 	cd benchmarks && ../$(BIN)/python speed.py
+	cd benchmarks && ../$(BIN)/python overhead.py
+	cd benchmarks && ../$(BIN)/python structures.py
 	cd benchmarks && ../$(BIN)/python spectra.py
 	cd benchmarks && ../$(BIN)/python encoder.py heal
 
+claims: $(VENV)/test.stamp
+	for claim in claims/*.py; do \
+	  case $$claim in */record.py|*/tasks.py) ;; *) $(BIN)/python $$claim || exit 1 ;; esac; \
+	done
+
 docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -164,7 +164,11 @@ def rounding(encoder: Encoder, layers: dict[str, Layer]) -> list[dict[str, Any]]
 MODULES = {
     # Sheet of references: neuron selection in the MLPs (pivoted), per-head joint truncation of value/output and query/key.
     "MLP neurons": (("intermediate.dense", "layer.?.output.dense"), "neurons", (0.7, 0.5, 0.3)),
-    "value/output per head": (("attention.self.value", "attention.output.dense"), "value_output", (22 / 32, 0.5, 9 / 32)),
+    "value/output per head": (
+        ("attention.self.value", "attention.output.dense"),
+        "value_output",
+        (22 / 32, 0.5, 9 / 32),
+    ),
     "query/key per head": (("attention.self.query", "attention.self.key"), "query_key", (22 / 32, 0.5, 9 / 32)),
 }
 

@@ -1,6 +1,6 @@
 """What the algebra costs in Python: microseconds to build and compose operators, and to apply a small one.
 
-    python benchmarks/overhead.py
+python benchmarks/overhead.py
 """
 
 from __future__ import annotations

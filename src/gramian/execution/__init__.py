@@ -1,6 +1,6 @@
 """How an operator runs, decided apart from what it is: traced work, a cost model measured on this machine, a choice."""
 
-from gramian.execution.calibration import cache_file, calibrate, save, stored
+from gramian.execution.calibration import cache_file, calibrate, forget, save, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.forms import Form, Prepared, candidates, choose, predicted
 from gramian.execution.work import MatrixProduct, Pass, trace, work
@@ -15,6 +15,7 @@ __all__ = [
     "calibrate",
     "candidates",
     "choose",
+    "forget",
     "predicted",
     "save",
     "stored",

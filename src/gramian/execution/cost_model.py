@@ -154,6 +154,10 @@ class CostModel:
             out[dtype] = (roofline, residuals)
         return out
 
+    def roofline(self, dtype: torch.dtype) -> Roofline:
+        """What the predictions of that dtype's products start from."""
+        return self._learned[str(dtype).removeprefix("torch.")][0]
+
     def seconds(self, steps: Iterable[Step]) -> float:
         """Predicted seconds of the steps, one after the other."""
         steps = list(steps)

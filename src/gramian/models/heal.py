@@ -68,7 +68,7 @@ def heal(
         every: see `checkpoint`.
         progress: called with (step, loss).
 
-    The result is never worse than the start: if the features over the calibration data (some of its batches) came no
+    The result is never worse than the start: if the features over the calibration data (some of it) came no
     closer, the start is put back.
 
     Returns:
@@ -96,7 +96,7 @@ def heal(
         elif p.requires_grad:
             p.requires_grad_(False)
             frozen.append(p)
-    optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
     first = 0
     if resume is not None:
         first = _restore(resume, trained, optimiser)
@@ -157,8 +157,9 @@ def heal(
 
 @torch.no_grad()
 def _validate(student: nn.Module, teacher: nn.Module, workload: Workload) -> float:
-    """Mean loss of the features over at most four of the calibration batches, as they are."""
-    batches = workload.batches[:: max(1, len(workload.batches) // 4)][:4]
+    """Mean loss of the features over at most 64 of the calibration texts, as they are."""
+    batches = workload.parts(16)
+    batches = batches[:: max(1, len(batches) // 4)][:4]
     losses = [
         float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0)) for batch in batches
     ]

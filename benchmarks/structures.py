@@ -1,0 +1,162 @@
+"""Structured layers on this machine: speed against dense and the published code, training, the cost model, projections.
+
+    python benchmarks/structures.py [speed training model blast]      (about 8 minutes; the machine should be idle)
+
+Medians of interleaved runs. Writes benchmarks/results/structures_<part>.json.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from common import write
+from gramian.execution import calibrate, candidates, forget, predicted, save
+from gramian.execution.bench import bench, interleaved, zoo
+from gramian.execution.calibration import random_product, time_product
+from gramian.nn import FeatureMajor, StructuredLinear
+from gramian.ops import Blast, BlockLowRank, structure
+
+TABLE = ["low rank", "blocks of low rank", "BLAST", "block diagonal", "Monarch", "block sparse", "kronecker"]
+
+
+def speed() -> None:
+    """The table of structures, sizes and batches, in float32 and bfloat16; and rectangular, non-dividing sizes."""
+    rows = bench((1024, 2048), (1, 32, 512), (torch.float32, torch.bfloat16), names=TABLE)
+    out = []
+    for row in rows:
+        best = min(row.rows, row.columns)
+        out.append(row.to_json() | {"faster": row.dense / best, "chosen_faster": row.dense / row.chosen})
+        print(
+            f"{row.name:<38} n={row.n} B={row.batch:<4} {row.dtype:<9} rows {row.dense / row.rows:6.2f}x columns "
+            f"{row.dense / row.columns:6.2f}x chosen {row.dense / row.chosen:6.2f}x bound {row.dense / row.bound:6.2f}x "
+            f"({row.form})" + "".join(f"; {k} {row.dense / v:.2f}x" for k, v in row.peers.items()),
+            flush=True,
+        )
+    slowest = min(row["chosen_faster"] for row in out)
+    print(f"the form that the plan chooses is never slower than {slowest:.2f}x of dense")
+    write("structures_speed", {"rows": out, "slowest_choice": slowest})
+
+
+def training(n: int = 2048, batch: int = 512) -> None:
+    """Forward and backward through a layer, and through a feature-major block, against dense."""
+    size: dict[str, Any] = {"rank": n // 64, "blocks": (8, 8)}
+    x = torch.randn(batch, n, requires_grad=True)
+    dense = nn.Linear(n, n)
+    layer = StructuredLinear(BlockLowRank.init((n, n), **size), torch.zeros(n))
+    dense_block = nn.Sequential(nn.Linear(n, n), nn.GELU(), nn.Linear(n, n))
+    structured = [StructuredLinear(BlockLowRank.init((n, n), **size), torch.zeros(n)) for _ in range(2)]
+    row_block, column_block = (make(structured[0], nn.GELU(), structured[1]) for make in (nn.Sequential, FeatureMajor))
+
+    def step(module: nn.Module) -> Callable[[], object]:
+        def run() -> None:
+            module.zero_grad()
+            x.grad = None
+            module(x).sum().backward()
+
+        return run
+
+    def columns() -> None:
+        layer.zero_grad()
+        across.grad = None
+        layer.columns(across).sum().backward()
+
+    across = x.detach().mT.contiguous().requires_grad_()
+    took = interleaved(
+        {
+            "dense": step(dense), "rows": step(layer), "columns": columns,
+            "dense block": step(dense_block), "row-major block": step(row_block), "feature-major block": step(column_block),
+        },
+        seconds=12.0,
+    )  # fmt: skip
+    rows = {
+        "layer, row-major": took["dense"] / took["rows"],
+        "layer, feature-major": took["dense"] / took["columns"],
+        "block, row-major": took["dense block"] / took["row-major block"],
+        "block, feature-major": took["dense block"] / took["feature-major block"],
+    }
+    for name, value in rows.items():
+        print(f"forward + backward, 8 x 8 blocks at keep 1/4, n={n} B={batch}: {name:<24} {value:.2f}x")
+    write("structures_training", {name: round(value, 3) for name, value in rows.items()})
+
+
+def model() -> None:
+    """Calibrate, then predict unseen products and structured layers, and which of two is faster."""
+    start = time.perf_counter()
+    cost = calibrate()
+    seconds = time.perf_counter() - start
+    save(cost)
+    forget()
+    r = random.Random(4711)
+    plain, roofline = [], []
+    for _ in range(30):
+        product = random_product(r, torch.float32)
+        took = time_product(product)
+        plain.append(abs(cost.seconds([product]) / took - 1))
+        roofline.append(abs(cost.roofline(torch.float32).seconds(product) / took - 1))
+    layers: list[tuple[str, float, float]] = []
+    with torch.inference_mode():
+        for n in (384, 1000, 1536):
+            for name, op in zoo(n).items():
+                if op.kind in ("diagonal", "toeplitz", "circulant", "low_displacement", "householder", "orthogonal"):
+                    continue
+                for batch in (16, 256):
+                    x = torch.randn(batch, n)
+                    for form in candidates(op, torch.float32):
+                        if form.dense:
+                            continue
+                        kernel = form.kernel(form.operator(op), torch.float32)
+                        took = interleaved({"it": lambda kernel=kernel, x=x: kernel(x, None)}, seconds=0.05)["it"]
+                        label = f"{name} n={n} B={batch} {'columns' if form.columns else 'rows'}"
+                        layers.append((label, predicted(op, form, batch, torch.float32, cost), took))
+    errors = [abs(p / t - 1) for _, p, t in layers]
+    pairs = [(a, b) for a, b in combinations(layers, 2) if abs(a[2] - b[2]) > 0.15 * min(a[2], b[2])]
+    right = sum((a[1] < b[1]) == (a[2] < b[2]) for a, b in pairs) / len(pairs)
+    rows = {
+        "calibration_seconds": round(seconds, 1),
+        "products_measured": {dtype: len(found) for dtype, found in cost.products.items()},
+        "median_error_30_products": round(statistics.median(plain), 4),
+        "median_error_roofline": round(statistics.median(roofline), 4),
+        "median_error_structured": round(statistics.median(errors), 4),
+        "structured_cases": len(layers),
+        "faster_of_two_right": round(right, 4),
+        "pairs": len(pairs),
+        "worst": sorted(((round(p / t, 2), label) for label, p, t in layers), key=lambda w: abs(w[0] - 1))[-8:],
+    }
+    for name, value in rows.items():
+        print(f"{name}: {value}")
+    write("structures_model", rows)
+
+
+def blast() -> None:
+    """BLAST against low rank at equal parameters on the encoder's 36 matrices, unweighted."""
+    from common import Encoder
+
+    rows = []
+    modules = Encoder().model.encoder.named_modules()
+    weights = {name: module.weight.detach() for name, module in modules if isinstance(module, nn.Linear)}
+    for name, weight in weights.items():
+        size = next(s for s in Blast.sizes(tuple(weight.shape), 0.5) if tuple(s["blocks"]) == (8, 8))
+        ours = Blast.fit(weight, **size)
+        low = structure("block_low_rank").fit(weight, rank=ours.numel // sum(weight.shape))
+        errors = [float((op.dense() - weight).norm() / weight.norm()) for op in (ours, low)]
+        rows.append({"layer": name, "blast": errors[0], "low_rank": errors[1]})
+        print(f"{name:<40} BLAST {errors[0]:.4f} low rank {errors[1]:.4f}", flush=True)
+    worse = [row["layer"] for row in rows if row["blast"] > row["low_rank"]]
+    print(f"BLAST is worse on {len(worse)} of {len(rows)}: {', '.join(worse)}")
+    write("structures_blast", {"rows": rows, "worse": worse})
+
+
+PARTS = {"speed": speed, "training": training, "model": model, "blast": blast}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or ["model", "speed", "training", "blast"]:
+        PARTS[part]()
