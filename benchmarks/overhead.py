@@ -38,6 +38,7 @@ def main() -> None:
     blocks = BlockDiagonal(torch.randn(8, 8, 8), n, n)
     turn = Permutation(torch.randperm(n))
     small = Dense(torch.randn(8, 8))
+    total, both = low + diagonal, Kron(small, small)
     build: dict[str, Callable[[], Operator]] = {
         "Dense": lambda: Dense(a),
         "BlockLowRank": lambda: BlockLowRank.low_rank(left, right),
@@ -60,11 +61,11 @@ def main() -> None:
         "low rank": (lambda: low.apply(x), lambda: F.linear(F.linear(x, right), left)),
         "Diagonal": (lambda: diagonal.apply(x), lambda: x * d),
         "low rank + Diagonal": (
-            lambda total=low + diagonal: total.apply(x),
+            lambda: total.apply(x),
             lambda: F.linear(F.linear(x, right), left) + x * d,
         ),
         "Kron 8 x 8 of 8 x 8": (
-            lambda both=Kron(small, small): both.apply(x),
+            lambda: both.apply(x),
             lambda: (c8 @ (x.reshape(1, 8, 8) @ c8.mT)).reshape(1, n),
         ),
         "BlockDiagonal": (

@@ -52,10 +52,8 @@ def claims() -> str:
     ]
     for path in sorted((HERE.parent / "claims" / "results").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        measured, verdict = flat(found["measured"]), found["verdict"]
-        lines.append(
-            f"| {found['claim']} (`{path.stem}`) | {found['paper']} | {found['claimed']} | {measured} | **{found['verdict']}** |"
-        )
+        cells = [f"{found['claim']} (`{path.stem}`)", found["paper"], found["claimed"], flat(found["measured"])]
+        lines.append(f"| {' | '.join(cells)} | **{found['verdict']}** |")
     return "\n".join(lines) + "\n"
 
 

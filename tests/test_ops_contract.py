@@ -11,18 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramian import testing
+from gramian import ops, testing
 from gramian.ops import (
     BlockDiag,
     BlockDiagonal,
     BlockLowRank,
     BlockSparse,
+    Cosine,
     Dense,
     Diagonal,
+    Fourier,
+    Hadamard,
+    Householder,
     Identity,
     Kron,
     KroneckerSum,
+    LowDisplacement,
     Operator,
+    Orthogonal,
     Permutation,
     Product,
     Quantized,
@@ -30,7 +36,9 @@ from gramian.ops import (
     Selection,
     Skeleton,
     Sum,
+    Toeplitz,
     Transpose,
+    pauli,
     register,
     structures,
 )
@@ -93,6 +101,24 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "block sparse, padded": lambda: BlockSparse.init((7, 11), kept=2, block=(4, 3), generator=_seeded()),
     "quantized": lambda: _quantized(5, 24, bits=3, group=8),
     "quantized, no rotation": lambda: _quantized(5, 9, bits=5, group=4, grid="uniform"),
+    "toeplitz": lambda: Toeplitz.init((6, 9), generator=_seeded()),
+    "circulant": lambda: ops.Circulant.init((6, 9), generator=_seeded()),
+    "low displacement": lambda: LowDisplacement.init((6, 9), rank=2, generator=_seeded()),
+    "low displacement, skew on the left": lambda: LowDisplacement.init((8, 6), rank=2, generator=_seeded()),
+    "householder": lambda: Householder.init((7, 7), reflectors=3, generator=_seeded()),
+    "orthogonal": lambda: Orthogonal.random(6, generator=_seeded()),
+    "orthogonal, blocks, exponential": lambda: Orthogonal.random(
+        6, block=3, method="exponential", generator=_seeded()
+    ),
+    "orthogonal, truncated series": lambda: Orthogonal(
+        0.1 * torch.randn(2, 6, generator=_seeded()), None, "neumann", 3
+    ),
+    "hadamard": lambda: Hadamard(12, transposed=True),
+    "hadamard of three factors": lambda: Hadamard(192),
+    "cosine": lambda: Cosine(9),
+    "fourier": lambda: Fourier(8, transposed=True),
+    "pauli": lambda: pauli("XYZY"),
+    "pauli sum": lambda: pauli({"ZZI": -1.0, "IZZ": -1.0, "XII": 0.5, "YYI": 0.25}),
     "sum": lambda: Sum((_low_rank(6, 6, 1), Diagonal(torch.ones(6)), Identity(6))),
     "sum of rounded and low rank": lambda: Sum((_quantized(6, 8, bits=2), _low_rank(6, 8, 1))),
     "product": lambda: Product((_low_rank(6, 8), _permutation(8), Diagonal(torch.arange(1.0, 9.0)))),

@@ -1,43 +1,72 @@
 """Structured matrices: one class a storage form, composed by a small algebra."""
 
 from gramian.ops.algebra import add, block_diag, compose, diagonal, kron, scale, trace, transpose
+from gramian.ops.blast import Blast
 from gramian.ops.block_diagonal import BlockDiagonal, monarch
 from gramian.ops.block_low_rank import BlockLowRank
 from gramian.ops.block_sparse import BlockSparse
+from gramian.ops.butterfly import PixelatedButterfly, butterfly, butterfly_fit, butterfly_twiddles, flat_butterfly
+from gramian.ops.circulant import Circulant
 from gramian.ops.combinators import BlockDiag, Kron, Product, Scaled, Sum, Transpose
 from gramian.ops.dense import Dense
 from gramian.ops.diagonal import Diagonal, Identity, Permutation, Selection
+from gramian.ops.displacement import LowDisplacement
+from gramian.ops.householder import Householder
 from gramian.ops.kronecker import KroneckerSum
 from gramian.ops.operator import Operator, from_config, register, structure, structures
+from gramian.ops.orthogonal import Orthogonal, permuted_orthogonal
+from gramian.ops.pauli import PauliSum, pauli, pauli_entries
 from gramian.ops.quantized import Quantized
 from gramian.ops.skeleton import Skeleton
+from gramian.ops.toeplitz import Toeplitz
+from gramian.ops.transforms import Cosine, Fourier, Hadamard, fourier_blocks, hadamard_blocks
 
 __all__ = [
+    "Blast",
     "BlockDiag",
     "BlockDiagonal",
     "BlockLowRank",
     "BlockSparse",
+    "Circulant",
+    "Cosine",
     "Dense",
     "Diagonal",
+    "Fourier",
+    "Hadamard",
+    "Householder",
     "Identity",
     "Kron",
     "KroneckerSum",
+    "LowDisplacement",
     "Operator",
+    "Orthogonal",
+    "PauliSum",
     "Permutation",
+    "PixelatedButterfly",
     "Product",
     "Quantized",
     "Scaled",
     "Selection",
     "Skeleton",
     "Sum",
+    "Toeplitz",
     "Transpose",
     "add",
     "block_diag",
+    "butterfly",
+    "butterfly_fit",
+    "butterfly_twiddles",
     "compose",
     "diagonal",
+    "flat_butterfly",
+    "fourier_blocks",
     "from_config",
+    "hadamard_blocks",
     "kron",
     "monarch",
+    "pauli",
+    "pauli_entries",
+    "permuted_orthogonal",
     "register",
     "scale",
     "structure",
