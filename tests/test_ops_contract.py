@@ -17,15 +17,18 @@ from gramian.ops import (
     BlockDiagonal,
     BlockLowRank,
     BlockSparse,
+    Cross,
     Cosine,
     Dense,
     Diagonal,
+    Dictionary,
     Fourier,
     Hadamard,
     Householder,
     Identity,
     Kron,
     KroneckerSum,
+    LowRankSparse,
     LowDisplacement,
     Operator,
     Orthogonal,
@@ -34,7 +37,9 @@ from gramian.ops import (
     Quantized,
     Scaled,
     Selection,
+    SemiStructured,
     Skeleton,
+    Sparse,
     Sum,
     Toeplitz,
     Transpose,
@@ -99,6 +104,18 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "kronecker, padded": lambda: KroneckerSum.init((7, 5), terms=2, generator=_seeded()),
     "block sparse": lambda: BlockSparse.init((8, 12), kept=2, block=(4, 3), generator=_seeded()),
     "block sparse, padded": lambda: BlockSparse.init((7, 11), kept=2, block=(4, 3), generator=_seeded()),
+    "sparse": lambda: Sparse.init((7, 11), nonzeros=20, generator=_seeded()),
+    "sparse by columns": lambda: Sparse.init((7, 11), nonzeros=20, generator=_seeded()).T,
+    "sparse with empty rows": lambda: Sparse.from_dense(torch.tensor([[0.0, 0, 0], [1, 0, 2], [0, 0, 0]])),
+    "sparse without entries": lambda: Sparse.from_dense(torch.zeros(5, 4)),
+    "low rank and sparse": lambda: LowRankSparse.init((7, 11), rank=2, nonzeros=20, generator=_seeded()),
+    "semi-structured": lambda: SemiStructured.init((5, 12), kept=2, group=4, generator=_seeded()),
+    "semi-structured, padded": lambda: SemiStructured.init((5, 11), kept=3, group=8, generator=_seeded()),
+    "dictionary": lambda: Dictionary.init((6, 9), atoms=4, nonzeros=2, generator=_seeded()),
+    "dictionary, blocks and padding": lambda: Dictionary.init(
+        (7, 9), atoms=3, nonzeros=2, blocks=3, generator=_seeded()
+    ),
+    "cross": lambda: Cross.init((6, 9), rank=3, generator=_seeded()),
     "quantized": lambda: _quantized(5, 24, bits=3, group=8),
     "quantized, no rotation": lambda: _quantized(5, 9, bits=5, group=4, grid="uniform"),
     "toeplitz": lambda: Toeplitz.init((6, 9), generator=_seeded()),
@@ -152,6 +169,8 @@ def test_operator(name: str, check: Callable[[Operator], None]) -> None:
 def test_structure(cls: type[Operator], check: Callable[[type[Operator]], None]) -> None:
     if cls is Quantized and check is testing.check_members:
         pytest.skip("its scales are searched for; see test_quantized_recovers_members_that_use_the_whole_grid")
+    if cls in (LowRankSparse, Dictionary) and check is testing.check_members:
+        pytest.skip("its support is searched for; see test_ops_sparse_families.py")
     check(cls)
 
 

@@ -29,6 +29,11 @@ from gramian.ops import BlockLowRank, Operator, Product, Selection, Sum
 SIGMAS = (1.0, 100.0)
 """The Gaussian's width in frequencies at the start and at the end of the search (log-linear between)."""
 
+WASTE = 1.2
+"""Rectangles whose common cover costs at most this many times their own numbers become one in any case."""
+
+PATIENCE = 0
+
 
 class Intervals(NamedTuple):
     """Cyclic intervals on an axis of `length` places, one a term.
@@ -235,7 +240,7 @@ def _error(w: Tensor, op: Operator, g: Tensor | None, h: Tensor | None) -> float
 
 def _gather(rows: Intervals, columns: Intervals, blocks: int) -> tuple[list[Tensor], list[Tensor]]:
     """At most `blocks` rectangles that cover the terms' own, as places of rows and of columns: again and again the two
-    whose common cover costs the fewest numbers more become one.
+    whose common cover is the least larger than their own become one, farther while it is hardly larger.
     """
     start = torch.stack([rows.start, columns.start]).double()  # (2, K)
     width = torch.stack([rows.width, columns.width]).double()
@@ -248,12 +253,11 @@ def _gather(rows: Intervals, columns: Intervals, blocks: int) -> tuple[list[Tens
         backward = forward.mT
         cover = torch.minimum(torch.minimum(forward, backward), length[..., None])
         both = count[:, None] + count
-        numbers = (count + 1) * width.sum(0)
-        more = (both + 1) * cover.sum(0) - numbers[:, None] - numbers
-        more.fill_diagonal_(math.inf)
-        place = int(more.argmin())
-        a, b = divmod(place, len(count))
-        if len(count) <= blocks and float(more[a, b]) > 0:
+        numbers = count * width.sum(0)
+        waste = both * cover.sum(0) / (numbers[:, None] + numbers)  # 1 for equal intervals
+        waste.fill_diagonal_(math.inf)
+        a, b = divmod(int(waste.argmin()), len(count))
+        if len(count) <= blocks and float(waste[a, b]) > WASTE:
             break
         start[:, a] = torch.where(forward[:, a, b] <= backward[:, a, b], start[:, a], start[:, b])
         width[:, a], count[a] = cover[:, a, b], both[a, b]
@@ -303,8 +307,8 @@ class _Rectangles:
         """Buy ranks, refit and move sides, in turn; the best that was within the budget."""
         error = self.w.clone()
         best, lowest = self.operator(), math.inf
-        for _ in range(sweeps):
-            ranks, price = self._ranks(budget, error)
+        for sweep in range(sweeps):
+            ranks, price = self._ranks(budget, error, range(sweep < PATIENCE, len(self.rectangles)))
             for k in range(len(self.rectangles)):
                 error = self._refit(k, ranks[k], error)
             now = float(weighted_error(error, self.g, self.h))
@@ -341,7 +345,7 @@ class _Rectangles:
         error[i[:, None], j] += before - self.matrix(k)
         return error
 
-    def _ranks(self, budget: int, error: Tensor) -> tuple[list[int], float]:
+    def _ranks(self, budget: int, error: Tensor, competing: range) -> tuple[list[int], float]:
         """Ranks by what each lowers the error of its rectangle, the others as they are, for its numbers, and the least
         that was paid for: error a number. A rectangle's places are paid with its first rank.
         """
@@ -352,7 +356,8 @@ class _Rectangles:
         ranks, spent, paid = [0] * len(gains), 0, math.inf
         while True:
             offers = []
-            for k, gain in enumerate(gains):
+            for k in competing:
+                gain = gains[k]
                 places, each = self.price(k)
                 # Several ranks at once, as many as are worth most together: the first bears the price of the places.
                 most = min(len(gain) - ranks[k], (budget - spent - (0 if ranks[k] else places)) // each)

@@ -1,7 +1,10 @@
 """Layers that hold operators, and what training them from scratch needs."""
 
 from gramian.nn.feature_major import FeatureMajor
+from gramian.nn.grow_and_prune import GrowAndPrune
 from gramian.nn.initialise import identity_, linear_layers, spectral_, structured, unit_variance_
+from gramian.nn.reparametrised import Reparametrisation, ReparametrisedLinear
+from gramian.nn.straight_through import StraightThroughDictionary
 from gramian.nn.structured_embedding import StructuredEmbedding, as_embedding
 from gramian.nn.structured_linear import StructuredLinear, as_linear
 from gramian.nn.training import (
@@ -16,7 +19,11 @@ from gramian.nn.training import (
 
 __all__ = [
     "FeatureMajor",
+    "GrowAndPrune",
+    "Reparametrisation",
+    "ReparametrisedLinear",
     "SelfGuided",
+    "StraightThroughDictionary",
     "StructuredEmbedding",
     "StructuredLinear",
     "as_embedding",

@@ -8,16 +8,21 @@ from gramian.ops.block_sparse import BlockSparse
 from gramian.ops.butterfly import PixelatedButterfly, butterfly, butterfly_fit, butterfly_twiddles, flat_butterfly
 from gramian.ops.circulant import Circulant
 from gramian.ops.combinators import BlockDiag, Kron, Product, Scaled, Sum, Transpose
+from gramian.ops.cross import Cross, cross_indices, cur
 from gramian.ops.dense import Dense
 from gramian.ops.diagonal import Diagonal, Identity, Permutation, Selection
+from gramian.ops.dictionary import Dictionary
 from gramian.ops.displacement import LowDisplacement
 from gramian.ops.householder import Householder
 from gramian.ops.kronecker import KroneckerSum
+from gramian.ops.low_rank_sparse import LowRankSparse
 from gramian.ops.operator import Operator, from_config, register, structure, structures
 from gramian.ops.orthogonal import Orthogonal, permuted_orthogonal
 from gramian.ops.pauli import PauliSum, pauli, pauli_entries
 from gramian.ops.quantized import Quantized
+from gramian.ops.semi_structured import SemiStructured
 from gramian.ops.skeleton import Skeleton
+from gramian.ops.sparse import Sparse
 from gramian.ops.toeplitz import Toeplitz
 from gramian.ops.transforms import Cosine, Fourier, Hadamard, fourier_blocks, hadamard_blocks
 
@@ -29,8 +34,10 @@ __all__ = [
     "BlockSparse",
     "Circulant",
     "Cosine",
+    "Cross",
     "Dense",
     "Diagonal",
+    "Dictionary",
     "Fourier",
     "Hadamard",
     "Householder",
@@ -38,6 +45,7 @@ __all__ = [
     "Kron",
     "KroneckerSum",
     "LowDisplacement",
+    "LowRankSparse",
     "Operator",
     "Orthogonal",
     "PauliSum",
@@ -47,7 +55,9 @@ __all__ = [
     "Quantized",
     "Scaled",
     "Selection",
+    "SemiStructured",
     "Skeleton",
+    "Sparse",
     "Sum",
     "Toeplitz",
     "Transpose",
@@ -57,6 +67,8 @@ __all__ = [
     "butterfly_fit",
     "butterfly_twiddles",
     "compose",
+    "cross_indices",
+    "cur",
     "diagonal",
     "flat_butterfly",
     "fourier_blocks",

@@ -57,7 +57,8 @@ class Circulant(Operator):
         if x.numel() == 0 or dense_wins(self.shape, transform_flops(n)):
             return F.linear(x, self.dense())
         product = torch.fft.rfft(computable(x), n=n) * torch.fft.rfft(computable(self.values))
-        return torch.fft.irfft(product, n=n)[..., : self.rows].to(x.dtype)
+        y: Tensor = torch.fft.irfft(product, n=n)[..., : self.rows]
+        return y.to(x.dtype)
 
     def transpose(self) -> Circulant:
         return Circulant(self.values.flip(0).roll(1), self.columns, self.rows)

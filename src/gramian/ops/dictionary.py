@@ -19,8 +19,8 @@ from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 from gramian.ops.sparse import Pursued, pursue
 
-SHARES = (0.4, 0.65)
-"""Shares of the stored numbers that ``sizes`` gives to the atoms."""
+RATIOS = (0.2, 0.35)
+"""Codes a row as shares of the atoms, as ``sizes`` offers them: the best of those tried on layers of an encoder."""
 TRIAL = 3
 """Sweeps after which the better of the two starts goes on."""
 
@@ -111,7 +111,7 @@ class Dictionary(Operator):
         atoms: int = 1,
         nonzeros: int = 1,
         blocks: int = 1,
-        sweeps: int = 12,
+        sweeps: int = 8,
         **size: Any,
     ) -> Dictionary:
         """Alternate between codes and atoms, each under both Grams.
@@ -167,9 +167,9 @@ class Dictionary(Operator):
         """One block of rows: more blocks save index bits, and cost accuracy on the layers measured."""
         out, in_ = shape
         found: list[Size] = []
-        for share in SHARES:
-            atoms = min(int(share * keep * out), out)
-            nonzeros = min(int((keep * out * in_ - atoms * in_) / (2 * out)), atoms)
+        for ratio in RATIOS:
+            atoms = min(int(keep * out * in_ / (in_ + 2 * out * ratio)), out)
+            nonzeros = min(int((keep * out - atoms) * in_ / (2 * out)), atoms)
             if atoms >= 1 and nonzeros >= 1:
                 found.append({"atoms": atoms, "nonzeros": nonzeros, "blocks": 1})
         return found

@@ -218,13 +218,16 @@ def _twist(n: int, like: Tensor) -> Tensor:
 
 def _spectrum(values: Tensor, skew: bool) -> Tensor:
     """Eigenvalues of the (skew-)circulant matrices of real `values` (..., n); half of them where the rest follow."""
-    return torch.fft.fft(values * _twist(values.shape[-1], values)) if skew else torch.fft.rfft(values)
+    found: Tensor = torch.fft.fft(values * _twist(values.shape[-1], values)) if skew else torch.fft.rfft(values)
+    return found
 
 
 def _values(spectrum: Tensor, n: int, skew: bool) -> Tensor:
     """The inverse of ``_spectrum``: real (..., n)."""
+    back: Tensor
     if not skew:
-        return torch.fft.irfft(spectrum, n=n)
+        back = torch.fft.irfft(spectrum, n=n)
+        return back
     back = torch.fft.ifft(spectrum)
     twist = _twist(n, back.real)
     return back.real * twist.real + back.imag * twist.imag
@@ -244,18 +247,21 @@ def _transposed(values: Tensor, skew: bool) -> Tensor:
 
 def _rotate(matrix: Tensor, skew: bool) -> Tensor:
     """``E matrix`` with ``Z_s = E^{-1} diag E`` and E unitary; matrix: (n, k)."""
-    return torch.fft.fft(matrix * _twist(len(matrix), matrix.real)[:, None] if skew else matrix, dim=0, norm="ortho")
+    twisted = matrix * _twist(len(matrix), matrix.real)[:, None] if skew else matrix
+    rotated: Tensor = torch.fft.fft(twisted, dim=0, norm="ortho")
+    return rotated
 
 
 def _rotate_back(matrix: Tensor, skew: bool) -> Tensor:
     """``E^{-T} matrix``; matrix: (n, k)."""
     twisted = matrix * _twist(len(matrix), matrix.real).conj()[:, None] if skew else matrix
-    return torch.fft.ifft(twisted, dim=0, norm="ortho")
+    rotated: Tensor = torch.fft.ifft(twisted, dim=0, norm="ortho")
+    return rotated
 
 
 def _numbers(eigenvalues: Tensor, skew: bool) -> Tensor:
     """First columns (r, n) of the matrices with these eigenvalues (n, r)."""
-    back = torch.fft.ifft(eigenvalues, dim=0)
+    back: Tensor = torch.fft.ifft(eigenvalues, dim=0)
     return (back * _twist(len(back), back.real).conj()[:, None] if skew else back).real.mT.contiguous()
 
 
@@ -271,7 +277,7 @@ def _solve_rows(target: Tensor, cauchy: Tensor, columns: Tensor, skew: bool) -> 
     right = (target[half] * cauchy[half].conj()) @ columns.conj()
     weights = cauchy[half].abs().square()
     solved = []
-    for rows, known in zip(*(part.split(max(1, CHUNK // (r * n))) for part in (weights, right)), strict=True):
+    for rows, known in zip(*(torch.split(part, max(1, CHUNK // (r * n))) for part in (weights, right)), strict=True):
         normal = (conjugate * rows[:, None, :]) @ columns
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal += 1e-15 * diagonal.real.sum(1, keepdim=True).clamp_min(1e-300)  # ranks that members do not use

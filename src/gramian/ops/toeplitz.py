@@ -60,7 +60,7 @@ class Toeplitz(Operator):
         if x.numel() == 0 or dense_wins(self.shape, transform_flops(length)):
             return F.linear(x, self.dense())
         product = torch.fft.rfft(computable(x), n=length) * torch.fft.rfft(computable(self.values), n=length)
-        y = torch.fft.irfft(product, n=length)[..., self.columns - 1 : self.columns - 1 + self.rows]
+        y: Tensor = torch.fft.irfft(product, n=length)[..., self.columns - 1 : self.columns - 1 + self.rows]
         return y.to(x.dtype)
 
     def transpose(self) -> Toeplitz:
@@ -141,7 +141,8 @@ def flattened(values: Tensor) -> Tensor:
     have modulus one.
     """
     spectrum = torch.fft.rfft(values)
-    return torch.fft.irfft(spectrum / spectrum.abs(), n=values.shape[-1])
+    flat: Tensor = torch.fft.irfft(spectrum / spectrum.abs(), n=values.shape[-1])
+    return flat
 
 
 def diagonal_sums(matrix: Tensor) -> Tensor:

@@ -282,7 +282,8 @@ class Fourier(_Transform):
             factor[-1] = 1.0
         if self.transposed:
             imaginary = F.pad(y[..., half:] / root, (1, half - 1 - partners))
-            return torch.fft.irfft(torch.complex(y[..., :half] / factor, imaginary), n=n, norm="ortho").to(x.dtype)
+            back: Tensor = torch.fft.irfft(torch.complex(y[..., :half] / factor, imaginary), n=n, norm="ortho")
+            return back.to(x.dtype)
         z = torch.fft.rfft(y, norm="ortho")
         return torch.cat([z.real * factor, z.imag[..., 1 : partners + 1] * root], -1).to(x.dtype)
 
@@ -297,7 +298,7 @@ def _real_flops(n: int) -> int:
 
 def _turns(numerator: NDArray[np.integer[Any]], size: int) -> Table:
     """``2 pi numerator / size`` for integers, reduced exactly first."""
-    return (numerator % size) * (2 * math.pi / size)
+    return (numerator % size).astype(np.float64) * (2 * math.pi / size)
 
 
 def _cosine_table(size: int) -> Table:
