@@ -190,15 +190,23 @@ def modules(encoder: Encoder, grams: Grams) -> None:
     write("encoder_modules", rows)
 
 
-def healed(encoder: Encoder, grams: Grams, steps: int = 900) -> None:
-    """The plan of `plain`, healed. The more was taken away, the further the factors have to go: the rate doubles at 0.3."""
+HEALING = {
+    0.7: Healing(steps=800, rate=7e-5),
+    0.5: Healing(steps=900, rate=1e-4),
+    0.3: Healing(steps=550, rate=2e-4),
+}
+"""About ten minutes each, and less at 0.3. The more was taken away, the further the factors have to go: a higher rate."""
+
+
+def healed(encoder: Encoder, grams: Grams) -> None:
+    """The plan of `plain`, healed."""
     layers = encoder.layers(grams)
     rows = []
     for keep in KEEPS:
         plan = make_plan(layers, grams.joints, keep=keep)
         small = built(encoder, plan, layers)
         changed = [name for entry in plan.entries if entry.structure != "dense" for name in entry.layers]
-        settings = Healing(steps=steps, rate=2e-4 if keep < 0.4 else 1e-4)
+        settings = HEALING[keep]
         start = time.perf_counter()
         heal(small, encoder.model, changed, encoder.calibration, settings)
         seconds = round(time.perf_counter() - start, 1)
@@ -206,7 +214,7 @@ def healed(encoder: Encoder, grams: Grams, steps: int = 900) -> None:
             "method": "gramian, healed",
             "keep": keep,
             **encoder.score(small),
-            "steps": steps,
+            "steps": settings.steps,
             "rate": settings.rate,
             "seconds": seconds,
             "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gramian import ops, testing
 from gramian.ops import (
+    Blast,
     BlockDiag,
     BlockDiagonal,
     BlockLowRank,
@@ -33,6 +34,7 @@ from gramian.ops import (
     Operator,
     Orthogonal,
     Permutation,
+    PixelatedButterfly,
     Product,
     Quantized,
     Scaled,
@@ -43,7 +45,9 @@ from gramian.ops import (
     Sum,
     Toeplitz,
     Transpose,
+    butterfly,
     pauli,
+    random_mixer,
     register,
     structures,
 )
@@ -102,6 +106,14 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "skeleton by columns": lambda: Skeleton.init((9, 7), rank=3, generator=_seeded()).T,
     "kronecker": lambda: KroneckerSum.init((6, 8), terms=2, generator=_seeded()),
     "kronecker, padded": lambda: KroneckerSum.init((7, 5), terms=2, generator=_seeded()),
+    "blast": lambda: Blast.init((8, 12), rank=3, blocks=(2, 4), generator=_seeded()),
+    "blast, padded": lambda: Blast.init((7, 11), rank=5, blocks=(4, 3), generator=_seeded()),
+    "pixelated butterfly": lambda: PixelatedButterfly.init((8, 12), levels=1, rank=2, block=2, generator=_seeded()),
+    "pixelated butterfly, padded": lambda: PixelatedButterfly.init(
+        (7, 17), levels=2, rank=1, block=2, generator=_seeded()
+    ),
+    "butterfly": lambda: butterfly(torch.randn(3, 4, 2, 2, generator=_seeded())),
+    "permuted kronecker": lambda: random_mixer((3, 2), (5, 4), generator=_seeded()),
     "block sparse": lambda: BlockSparse.init((8, 12), kept=2, block=(4, 3), generator=_seeded()),
     "block sparse, padded": lambda: BlockSparse.init((7, 11), kept=2, block=(4, 3), generator=_seeded()),
     "sparse": lambda: Sparse.init((7, 11), nonzeros=20, generator=_seeded()),
@@ -171,6 +183,8 @@ def test_structure(cls: type[Operator], check: Callable[[type[Operator]], None])
         pytest.skip("its scales are searched for; see test_quantized_recovers_members_that_use_the_whole_grid")
     if cls in (LowRankSparse, Dictionary) and check is testing.check_members:
         pytest.skip("its support is searched for; see test_ops_sparse_families.py")
+    if cls is Blast and check is testing.check_members:
+        pytest.skip("found again where r is within a block's sides; see test_ops_block_families.py")
     check(cls)
 
 

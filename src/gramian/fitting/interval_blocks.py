@@ -29,10 +29,8 @@ from gramian.ops import BlockLowRank, Operator, Product, Selection, Sum
 SIGMAS = (1.0, 100.0)
 """The Gaussian's width in frequencies at the start and at the end of the search (log-linear between)."""
 
-WASTE = 1.2
+WASTE = 1.1
 """Rectangles whose common cover costs at most this many times their own numbers become one in any case."""
-
-PATIENCE = 0
 
 
 class Intervals(NamedTuple):
@@ -82,8 +80,8 @@ def interval_mask(width: Tensor, location: Tensor, length: int, sigma: float = m
         size = size * torch.exp(-(f**2) / (2 * sigma**2))
     angle = math.pi * f * (2 * place + w - 1) / n
     cosine, sine = torch.cat([w, size * angle.cos()], -1), torch.cat([torch.zeros_like(w), size * angle.sin()], -1)
-    coefficients = torch.complex(cosine, -sine)
-    return torch.fft.irfft(coefficients, n=n).abs()
+    mask: Tensor = torch.fft.irfft(torch.complex(cosine, -sine), n=n).abs()
+    return mask
 
 
 def learn_intervals(
@@ -136,11 +134,12 @@ def learn_intervals(
         sigma = SIGMAS[0] * (SIGMAS[1] / SIGMAS[0]) ** done
         optimizer.param_groups[0]["lr"] = rate * (1 - 0.9 * done)
         optimizer.zero_grad()
-        error = w - scale**2 * _terms(left, widths[0] * out, locations[0] * out, sigma).mT @ _terms(
-            right, widths[1] * in_, locations[1] * in_, sigma
-        )
-        loss = (weigh(error, h, side="out") * weigh(error, g, side="in")).sum() / total
-        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            first = _terms(left, widths[0] * out, locations[0] * out, sigma)
+            second = _terms(right, widths[1] * in_, locations[1] * in_, sigma)
+            error = w - scale**2 * first.mT @ second
+            loss = (weigh(error, h, side="out") * weigh(error, g, side="in")).sum() / total
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
             full = float((out + in_) * k)
@@ -162,17 +161,17 @@ def _shrunk(widths: Tensor, lengths: Tensor, allowed: float) -> Tensor:
     """The proximal step of the total width: every width less by the same number of places, cut to 0 .. 1, so that at
     most `allowed` places remain.
     """
+
+    def left(less: float) -> Tensor:
+        return (widths - less / lengths).clamp(0, 1)
+
     low, high = 0.0, 2 * float(lengths.max())
-    for _ in range(50):
+    if float((left(low) * lengths).sum()) <= allowed:
+        return left(low)
+    for _ in range(40):
         middle = (low + high) / 2
-        if float(((widths - middle / lengths).clamp(0, 1) * lengths).sum()) > allowed:
-            low = middle
-        else:
-            high = middle
-        if float((widths.clamp(0, 1) * lengths).sum()) <= allowed:
-            high = 0.0
-            break
-    return (widths - high / lengths).clamp(0, 1)
+        low, high = (middle, high) if float((left(middle) * lengths).sum()) > allowed else (low, middle)
+    return left(high)
 
 
 def interval_blocks(
@@ -181,7 +180,7 @@ def interval_blocks(
     *,
     gram_in: Tensor | None = None,
     gram_out: Tensor | None = None,
-    blocks: int = 8,
+    blocks: int = 6,
     terms: int | None = None,
     steps: int = 300,
     sweeps: int = 12,
@@ -271,9 +270,7 @@ def _gather(rows: Intervals, columns: Intervals, blocks: int) -> tuple[list[Tens
 class _Rectangles:
     """Low-rank matrices on given rectangles of one matrix, with ranks to be chosen."""
 
-    def __init__(
-        self, w: Tensor, g: Tensor | None, h: Tensor | None, rectangles: list[tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, w: Tensor, g: Tensor | None, h: Tensor | None, rectangles: list[tuple[Tensor, Tensor]]) -> None:
         self.w, self.g, self.h = w, g, h
         self.rectangles = rectangles
         self.pairs = [(w.new_zeros(len(i), 0), w.new_zeros(0, len(j))) for i, j in rectangles]
@@ -308,13 +305,15 @@ class _Rectangles:
         error = self.w.clone()
         best, lowest = self.operator(), math.inf
         for sweep in range(sweeps):
-            ranks, price = self._ranks(budget, error, range(sweep < PATIENCE, len(self.rectangles)))
+            # The whole matrix, which is the first, waits: it would take what rectangles explain better once they settle.
+            competing = range(sweep < sweeps // 3, len(self.rectangles))
+            ranks, price = self._ranks(budget, error, competing)
             for k in range(len(self.rectangles)):
                 error = self._refit(k, ranks[k], error)
             now = float(weighted_error(error, self.g, self.h))
             if now < lowest:
                 best, lowest = self.operator(), now
-            for k in range(1, len(self.rectangles)):  # the first is the whole matrix
+            for k in range(1, len(self.rectangles)):
                 if ranks[k]:
                     error = self._move(k, price, error)
         return best
@@ -346,8 +345,9 @@ class _Rectangles:
         return error
 
     def _ranks(self, budget: int, error: Tensor, competing: range) -> tuple[list[int], float]:
-        """Ranks by what each lowers the error of its rectangle, the others as they are, for its numbers, and the least
-        that was paid for: error a number. A rectangle's places are paid with its first rank.
+        """A rank for each rectangle, 0 for those not competing, by what it lowers the rectangle's error for its numbers, the
+        others as they are; and the least that was paid for: error a number. A rectangle's places are paid with its first
+        rank.
         """
         gains = []
         for k in range(len(self.rectangles)):

@@ -140,7 +140,7 @@ class GrowAndPrune:
 
     def _forward(self, name: str, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(partial(self._backward, name, arguments[0].detach()))
+            output.register_hook(partial(self._backward, name, arguments[0].detach()))  # type: ignore[no-untyped-call]
 
     def _backward(self, name: str, x: Tensor, gradient: Tensor) -> None:
         found = gradient.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float()

@@ -16,6 +16,7 @@ from gramian.ops.displacement import LowDisplacement
 from gramian.ops.householder import Householder
 from gramian.ops.kronecker import KroneckerSum
 from gramian.ops.low_rank_sparse import LowRankSparse
+from gramian.ops.mixer import MixerSize, channel_mixing, mixer, mixer_sizes, random_mixer, token_mixing
 from gramian.ops.operator import Operator, from_config, register, structure, structures
 from gramian.ops.orthogonal import Orthogonal, permuted_orthogonal
 from gramian.ops.pauli import PauliSum, pauli, pauli_entries
@@ -46,6 +47,7 @@ __all__ = [
     "KroneckerSum",
     "LowDisplacement",
     "LowRankSparse",
+    "MixerSize",
     "Operator",
     "Orthogonal",
     "PauliSum",
@@ -66,6 +68,7 @@ __all__ = [
     "butterfly",
     "butterfly_fit",
     "butterfly_twiddles",
+    "channel_mixing",
     "compose",
     "cross_indices",
     "cur",
@@ -75,14 +78,18 @@ __all__ = [
     "from_config",
     "hadamard_blocks",
     "kron",
+    "mixer",
+    "mixer_sizes",
     "monarch",
     "pauli",
     "pauli_entries",
     "permuted_orthogonal",
+    "random_mixer",
     "register",
     "scale",
     "structure",
     "structures",
+    "token_mixing",
     "trace",
     "transpose",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_solve, reduced_rank, svd, weighted_error
-from gramian.ops.dense import Dense, spectral_normal
+from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
 BLOCKS = (2, 4, 8, 16)
@@ -156,7 +156,7 @@ class Blast(Operator):
         g, h = _padded_gram(gram_in, in_, j * q, w), _padded_gram(gram_out, out, i * p, w)
         found = _low_rank(w, g, h, rank, i, j)
         error = found.error(w, g, h)
-        if 1 < i and 1 < j and rank <= min(p, q):
+        if min(i, j) > 1 and rank <= min(p, q):
             member = _member(w, found)
             if member.error(w, g, h) < error:  # false where it is not finite
                 found = member
@@ -213,7 +213,7 @@ class _Factors(NamedTuple):
         return _Factors(self.right.mT, self.scales.transpose(0, 1), self.left.mT)
 
     def dense(self) -> Tensor:
-        i, p, r = self.left.shape
+        i, p, _ = self.left.shape
         return (self.left @ _rows(self.scales, self.right)).reshape(i * p, -1)
 
     def error(self, w: Tensor, g: Tensor | None, h: Tensor | None) -> float:
@@ -236,7 +236,7 @@ class _Factors(NamedTuple):
 
 def _rows(scales: Tensor, right: Tensor) -> Tensor:
     """``[diag(s_i1) V_1, diag(s_i2) V_2, ...]`` for every i: (I, J, r) and (J, r, q) to (I, r, J q)."""
-    i, j, r = scales.shape
+    i, _, r = scales.shape
     return (scales[..., None] * right).transpose(1, 2).reshape(i, r, -1)
 
 
@@ -322,7 +322,7 @@ def _alternate(found: _Factors, w: Tensor, g: Tensor | None, h: Tensor | None, s
 
 def _weighed_right(right: Tensor, g: Tensor | None) -> Tensor:
     """``V_j G_j,:`` for every j: (J, r, n) under a full Gram, (J, r, q) under one that does not couple blocks."""
-    j, r, q = right.shape
+    j, _, q = right.shape
     if g is None:
         return right
     return right * g.reshape(j, 1, q) if g.dim() == 1 else right @ g.reshape(j, q, j * q)
@@ -350,7 +350,7 @@ def _solve_left(found: _Factors, error: Tensor, g: Tensor | None, h: Tensor | No
     left, scales, right = found
     blocks, p, _ = left.shape
     weighed, terms = _weighed_right(right, g), _rows(scales, right)
-    tall = error.unflatten(0, (blocks, p))  # (I, p, n), a view
+    tall = error.view(blocks, p, -1)  # (I, p, n); a view, of a transposed error too
     for span in _spans(blocks, h):
         if g is not None and g.dim() == 2:
             image = torch.einsum("ijr,jrn->irn", scales[span], weighed)  # Z_i G
@@ -373,7 +373,7 @@ def _solve_scales(found: _Factors, error: Tensor, g: Tensor | None, h: Tensor | 
     weighed, coupled = _weighed_right(right, g), g is not None and g.dim() == 2
     own = weighed.reshape(j_blocks, r, j_blocks, q)[range(j_blocks), :, range(j_blocks)] if coupled else weighed
     inner = own @ right.mT  # V_j G_jj V_j^T, (J, r, r)
-    tiles = error.unflatten(1, (j_blocks, q)).unflatten(0, (i_blocks, p)).transpose(1, 2)  # (I, J, p, q), a view
+    tiles = error.view(i_blocks, p, j_blocks, q).transpose(1, 2)  # (I, J, p, q), a view
     for i in _spans(i_blocks, h):
         if h is not None and h.dim() == 2:
             rows = slice(i.start * p, i.stop * p)
@@ -381,8 +381,8 @@ def _solve_scales(found: _Factors, error: Tensor, g: Tensor | None, h: Tensor | 
             seen = (left[i][0].mT @ (h[rows] @ error))[None]
         else:
             weighted = left[i].mT if h is None else left[i].mT * h.reshape(-1, 1, p)
-            outer, seen = weighted @ left[i], weighted @ error.unflatten(0, (i_blocks, p))  # (I, r, r), (I, r, n)
-        seen_tiles = seen.unflatten(2, (j_blocks, q)).transpose(1, 2)  # U_i^T (H E)_i, (I, J, r, q), a view
+            outer, seen = weighted @ left[i], weighted @ error.view(i_blocks, p, -1)  # (I, r, r), (I, r, n)
+        seen_tiles = seen.view(-1, r, j_blocks, q).transpose(1, 2)  # U_i^T (H E)_i, (I, J, r, q), a view
         for j in _spans(j_blocks, g):
             if coupled:
                 slope = (seen * weighed[j]).sum(-1)[:, None]

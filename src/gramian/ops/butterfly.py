@@ -151,7 +151,8 @@ def flat_butterfly(rows: int, columns: int, levels: int) -> Tensor:
     product of factors ``I + B_l``. A rectangular grid is that one stretched (each place repeated, as in their code).
 
     Args:
-        rows, columns: of the grid, at least 1.
+        rows: of the grid, at least 1.
+        columns: of the grid, at least 1.
         levels: at most m, where 2^m is the largest power of two within both.
 
     Returns:
@@ -169,8 +170,8 @@ def flat_butterfly(rows: int, columns: int, levels: int) -> Tensor:
     on = (apart == 0) | ((apart & (apart - 1) == 0) & (apart < 2**levels))
     off_diagonal = (row / rows - column / columns).abs()  # below 1
     count = int(on.sum(1).max())
-    chosen = (on.double() - off_diagonal).topk(count, 1).indices
-    return chosen.sort(1).values.to(torch.int32)
+    chosen: Tensor = (on.double() - off_diagonal).topk(count, 1).indices.sort(1).values
+    return chosen.to(torch.int32)
 
 
 @register

@@ -26,25 +26,29 @@ from gramian.ops.operator import Operator, Size, register
 @register
 @dataclass(frozen=True, eq=False, repr=False)
 class Cross(Operator):
-    """``columns @ core @ rows``; training changes the core alone.
+    """``picked_columns @ core @ picked_rows``; training changes the core alone.
 
     Args:
-        columns: (out, r).
+        picked_columns: (out, r).
         core: (r, r).
-        rows: (r, in).
+        picked_rows: (r, in).
     """
 
     kind: ClassVar[str] = "cross"
     fittable: ClassVar[bool] = True
-    constants: ClassVar[frozenset[str]] = frozenset({"columns", "rows"})
-    columns: Tensor
+    constants: ClassVar[frozenset[str]] = frozenset({"picked_columns", "picked_rows"})
+    picked_columns: Tensor
     core: Tensor
-    rows: Tensor
+    picked_rows: Tensor
 
     def __post_init__(self) -> None:
-        fits = self.columns.dim() == self.core.dim() == self.rows.dim() == 2
-        fits = fits and self.columns.shape[1] == self.core.shape[0] and self.core.shape[1] == self.rows.shape[0]
-        self._check(fits, "columns (out, r), core (r, r) and rows (r, in)")
+        fits = self.picked_columns.dim() == self.core.dim() == self.picked_rows.dim() == 2
+        fits = (
+            fits
+            and self.picked_columns.shape[1] == self.core.shape[0]
+            and self.core.shape[1] == self.picked_rows.shape[0]
+        )
+        self._check(fits, "picked_columns (out, r), core (r, r) and picked_rows (r, in)")
 
     @property
     def rank(self) -> int:
@@ -53,23 +57,23 @@ class Cross(Operator):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return (self.columns.shape[0], self.rows.shape[1])
+        return (self.picked_columns.shape[0], self.picked_rows.shape[1])
 
     def apply(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(F.linear(x, self.rows), self.core), self.columns)
+        return F.linear(F.linear(F.linear(x, self.picked_rows), self.core), self.picked_columns)
 
     def apply_columns(self, x: Tensor) -> Tensor:
-        return self.columns @ (self.core @ (self.rows @ x))
+        return self.picked_columns @ (self.core @ (self.picked_rows @ x))
 
     def dense(self) -> Tensor:
-        return (self.columns @ self.core) @ self.rows
+        return (self.picked_columns @ self.core) @ self.picked_rows
 
     def transpose(self) -> Cross:
-        return Cross(self.rows.mT, self.core.mT, self.columns.mT)
+        return Cross(self.picked_rows.mT, self.core.mT, self.picked_columns.mT)
 
     def runtime(self) -> Operator:
         out, in_ = self.shape
-        left, right = self.columns, self.rows
+        left, right = self.picked_columns, self.picked_rows
         folded = (left @ self.core, right) if out <= in_ else (left, self.core @ right)
         return BlockLowRank.low_rank(*folded)
 

@@ -20,6 +20,10 @@ SWEEPS = 15
 """At most so many sweeps of alternating least squares after the start of a fit."""
 WORK = 2**33
 """All sweeps together take about so many multiply-adds (rank^2 out in each); one is always made."""
+SMALL = 2**16
+"""A matrix of at most so many entries multiplies as a dense one where that is faster. Making a larger one takes as long as
+the transforms of half as many rows as it has columns, so that is left to ``runtime``, which makes it once.
+"""
 CHUNK = 2**22
 """Least-squares problems are set up so many complex numbers at a time."""
 
@@ -74,7 +78,7 @@ class LowDisplacement(Operator):
     def apply(self, x: Tensor) -> Tensor:
         m, n = self.shape
         self._check(x.shape[-1] == n, f"x (..., {n})")
-        if x.numel() == 0 or dense_wins(self.shape, self._transform_flops()):
+        if x.numel() == 0 or self._runs_dense():
             return F.linear(x, self.dense().to(x.dtype))
         inner = not self.skew_left
         z = _spectrum(computable(x), inner)[..., None, :] * _spectrum(computable(self.right), inner)
@@ -99,16 +103,19 @@ class LowDisplacement(Operator):
         return Dense(self.dense()) if dense_wins(self.shape, self._transform_flops()) else self
 
     def _transform_flops(self) -> int:
-        """Per row: r + 1 transforms of each length (5 N log2 N, half of that for the real ones), and the products."""
-        (rank, m), n = self.left.shape, self.right.shape[1]
-        skew, real = (m, n) if self.skew_left else (n, m)
-        transforms = 5 * skew * math.log2(max(skew, 2)) + 2.5 * real * math.log2(max(real, 2))
-        return int((rank + 1) * transforms) + rank * (6 * skew + 4 * real)
+        """Per row: r + 1 transforms of each length N (5/2 N log2 N, twice that for the skew one of odd length), and the
+        products of spectra.
+        """
+        skew, real = self.shape if self.skew_left else self.shape[::-1]
+        transforms = (1 + skew % 2) * skew * math.log2(max(skew, 2)) + real * math.log2(max(real, 2))
+        return int(2.5 * (self.rank + 1) * transforms) + self.rank * 4 * (skew + real)
+
+    def _runs_dense(self) -> bool:
+        return self.shape[0] * self.shape[1] <= SMALL and dense_wins(self.shape, self._transform_flops())
 
     def flops(self, batch: int = 1) -> int:
         """2 out in as a dense product, else those of r + 1 transforms of each length."""
-        by_transforms = self._transform_flops()
-        return batch * (2 * self.shape[0] * self.shape[1] if dense_wins(self.shape, by_transforms) else by_transforms)
+        return batch * (2 * self.shape[0] * self.shape[1] if self._runs_dense() else self._transform_flops())
 
     @classmethod
     def fit(
@@ -210,16 +217,28 @@ def _skews_left(shape: tuple[int, int]) -> bool:
     return (out & -out) > (in_ & -in_)
 
 
-def _twist(n: int, like: Tensor) -> Tensor:
-    """``exp(i pi k / n)``: turns a skew-circulant matrix into a circulant one."""
-    angle = torch.arange(n, dtype=like.dtype, device=like.device) * (math.pi / n)
+def _twist(n: int, like: Tensor, count: int | None = None) -> Tensor:
+    """The first `count` of ``exp(i pi k / n)``: turns a skew-circulant matrix into a circulant one."""
+    angle = torch.arange(count or n, dtype=like.dtype, device=like.device) * (math.pi / n)
     return torch.complex(angle.cos(), angle.sin())
 
 
 def _spectrum(values: Tensor, skew: bool) -> Tensor:
-    """Eigenvalues of the (skew-)circulant matrices of real `values` (..., n); half of them where the rest follow."""
-    found: Tensor = torch.fft.fft(values * _twist(values.shape[-1], values)) if skew else torch.fft.rfft(values)
-    return found
+    """Eigenvalues of the (skew-)circulant matrices of real `values` (..., n); half of them where the rest follow.
+
+    A skew-circulant product is one of polynomials modulo t^n + 1; for even n it is one of complex polynomials of half
+    the length modulo t^(n/2) - i, which the numbers ``x_k + i x_(k + n/2)`` stand for.
+    """
+    n = values.shape[-1]
+    spectrum: Tensor
+    if not skew:
+        spectrum = torch.fft.rfft(values)
+    elif n % 2:
+        spectrum = torch.fft.fft(values * _twist(n, values))
+    else:
+        packed = torch.complex(values[..., : n // 2], values[..., n // 2 :])
+        spectrum = torch.fft.fft(packed * _twist(n, values, n // 2))
+    return spectrum
 
 
 def _values(spectrum: Tensor, n: int, skew: bool) -> Tensor:
@@ -229,8 +248,8 @@ def _values(spectrum: Tensor, n: int, skew: bool) -> Tensor:
         back = torch.fft.irfft(spectrum, n=n)
         return back
     back = torch.fft.ifft(spectrum)
-    twist = _twist(n, back.real)
-    return back.real * twist.real + back.imag * twist.imag
+    back = back * _twist(n, back.real, back.shape[-1]).conj()
+    return back.real if n % 2 else torch.cat([back.real, back.imag], -1)
 
 
 def _cut(x: Tensor, length: int) -> Tensor:

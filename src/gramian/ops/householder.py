@@ -46,8 +46,9 @@ class Householder(Operator):
         """V (k, n) with unit rows and ``T V``, (k, n): the matrix is ``I - V^T (T V)``."""
         v = computable(self.vectors)
         v = v * v.square().sum(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny).rsqrt()
-        inverse = (v @ v.mT).triu(1) + 0.5 * torch.eye(len(v), dtype=v.dtype, device=v.device)
-        tv = torch.linalg.solve_triangular(inverse, v, upper=True)
+        eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
+        t = torch.linalg.solve_triangular((v @ v.mT).triu(1) + 0.5 * eye, eye, upper=True)
+        tv = t @ v  # faster than a triangular solve with n right sides
         return v.to(self.vectors.dtype), tv.to(self.vectors.dtype)
 
     def apply(self, x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class LowRankSparse(Sum):
                 best = (error, left, right, sparse)
             if not error < before * (1 - 1e-6) or error <= 1e-30 * nothing:
                 break
-            if sweep + 1 >= sweeps and error > 0.5 * before:
+            if sweep + 1 >= sweeps and (sweep == 0 or error > 0.5 * before):
                 break
         assert best is not None
         _, left, right, sparse = best

@@ -66,7 +66,9 @@ def mixer(second: Tensor, first: Tensor, *, permutation: Tensor | None = None) -
     inner = second.shape[1] * first.shape[0]
     if tuple(permutation.shape) != (inner,):
         raise GramianError(f"mixer: permutation {tuple(permutation.shape)}; expected ({inner},)")
-    return Product((token_mixing(second, first.shape[0]), Permutation(permutation), token_mixing(first, second.shape[1])))
+    return Product(
+        (token_mixing(second, first.shape[0]), Permutation(permutation), token_mixing(first, second.shape[1]))
+    )
 
 
 def random_mixer(

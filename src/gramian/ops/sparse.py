@@ -89,13 +89,13 @@ def _turned(values: Tensor, index: Tensor, starts: Tensor, columns: int) -> tupl
 
 
 # Two operations known to torch: so that the compiler takes them whole and the flop counter sees them.
-_LIBRARY = torch.library.Library("gramian", "FRAGMENT")
+_LIBRARY = torch.library.Library("gramian", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _arguments, _function, _shape in (
     ("sparse_product", "Tensor x, Tensor values, Tensor index, Tensor starts, bool by_rows", _product, _product_shape),
     ("sparse_inner", "Tensor g, Tensor x, Tensor index, Tensor starts", _inner, _inner_shape),
 ):
-    _LIBRARY.define(f"{_name}({_arguments}) -> Tensor")
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _LIBRARY.define(f"{_name}({_arguments}) -> Tensor")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"gramian::{_name}", _shape, lib=_LIBRARY)
 
 
@@ -139,7 +139,8 @@ class _Product(torch.autograd.Function):
         _one_support(others)
         if values_dim is None:  # more columns of the same product
             moved = x.movedim(x_dim, 2)
-            return sparse_product(moved.flatten(1), values, *rest).unflatten(1, moved.shape[1:]), 2
+            found = sparse_product(moved.flatten(1), values, *rest)
+            return found.reshape(len(found), *moved.shape[1:]), 2
         parts = [
             sparse_product(_part(x, x_dim, i), values.select(values_dim, i), *rest) for i in range(info.batch_size)
         ]

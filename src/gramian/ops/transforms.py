@@ -61,6 +61,8 @@ def _table(name: str, size: int, like: Tensor) -> Tensor:
     """A table of a transform, (size, size), in the dtype of `like`; the last few are kept. Tables are made by numpy: what
     watches torch (a trace, a count of operations) sees no difference between the first product and the next.
     """
+    if like.is_meta:
+        return like.new_empty(size, size)
     if torch.compiler.is_compiling():
         return torch.from_numpy(_MAKERS[name](size)).to(like)
     key = (name, size, like.dtype, like.device)
