@@ -18,8 +18,8 @@ from gramian.ops import (
     BlockDiagonal,
     BlockLowRank,
     BlockSparse,
-    Cross,
     Cosine,
+    Cross,
     Dense,
     Diagonal,
     Dictionary,
@@ -29,8 +29,8 @@ from gramian.ops import (
     Identity,
     Kron,
     KroneckerSum,
-    LowRankSparse,
     LowDisplacement,
+    LowRankSparse,
     Operator,
     Orthogonal,
     Permutation,
@@ -136,9 +136,7 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "low displacement, skew on the left": lambda: LowDisplacement.init((8, 6), rank=2, generator=_seeded()),
     "householder": lambda: Householder.init((7, 7), reflectors=3, generator=_seeded()),
     "orthogonal": lambda: Orthogonal.random(6, generator=_seeded()),
-    "orthogonal, blocks, exponential": lambda: Orthogonal.random(
-        6, block=3, method="exponential", generator=_seeded()
-    ),
+    "orthogonal, blocks, exponential": lambda: Orthogonal.random(6, block=3, method="exponential", generator=_seeded()),
     "orthogonal, truncated series": lambda: Orthogonal(
         0.1 * torch.randn(2, 6, generator=_seeded()), None, "neumann", 3
     ),

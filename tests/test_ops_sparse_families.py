@@ -344,7 +344,7 @@ def test_straight_through() -> None:
     hard = straight_through(latent, 2)
     assert ((hard != 0).sum(-1) == 2).all()
     kept = hard != 0
-    close(hard[kept], latent[kept], 0.0)
+    close(hard[kept].detach(), latent[kept].detach(), 0.0)
     assert (
         float(
             latent[kept].abs().reshape(-1, 2).amin(1).sub(latent.masked_fill(kept, 0).abs().amax(-1).reshape(-1)).min()
@@ -440,7 +440,8 @@ def train(
 ) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()
+        loss = F.mse_loss(model(x), y)  # kept alive over the change, as training loops do
+        loss.backward()
         optimizer.step()
         hook.step()
 

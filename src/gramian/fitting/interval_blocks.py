@@ -123,8 +123,8 @@ def learn_intervals(
     left = (best.left[:, :k] * size).mT.float() / scale  # (K, out)
     right = (best.right[:k] / size[:, None]).float() / scale
     # All in units of their axis, so that one rate suits all: rows' widths, columns' widths, then both locations.
-    widths, locations = torch.ones(2, k), torch.zeros(2, k)
-    parameters = [tensor.to(w.device).requires_grad_() for tensor in (left, right, widths, locations)]
+    widths, locations = torch.ones(2, k, device=w.device), torch.zeros(2, k, device=w.device)
+    parameters = [tensor.requires_grad_() for tensor in (left, right, widths, locations)]
     left, right, widths, locations = parameters
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
     lengths = torch.tensor([[float(out)], [float(in_)]], device=w.device)
@@ -187,7 +187,7 @@ def interval_blocks(
 ) -> Operator:
     """Learn where a matrix has its energy, and emit a structure of at most `budget` numbers that runs.
 
-    The learned intervals (``learn_intervals``) are gathered into at most `blocks` rectangles, the cheapest merger first;
+    The learned intervals (``learn_intervals``) are gathered into at most `blocks` rectangles, the most alike first;
     the whole matrix is one more. Each rectangle holds a low-rank matrix. In turn, ranks are bought one at a time, each
     time the one that lowers the error most for its numbers; each rectangle is refitted exactly given the others; and
     its sides are moved to the interval that is worth most at the going price of a number. ``fitting.polish`` ends it.
@@ -220,12 +220,12 @@ def interval_blocks(
     found: Operator = BlockLowRank.low_rank(best.left[:, :r], best.right[:r])
     rows, columns = learn_intervals(weight, budget, gram_in=g, gram_out=h, terms=terms, steps=steps)
     rectangles = [
-        (i, j)
+        (i.to(w.device), j.to(w.device))
         for i, j in zip(*_gather(rows, columns, blocks), strict=True)
         if len(i) * len(j) < out * in_  # the whole matrix is there anyway
     ]
     if rectangles:
-        whole = (torch.arange(out), torch.arange(in_))
+        whole = (torch.arange(out, device=w.device), torch.arange(in_, device=w.device))
         searched = _Rectangles(w, g, h, [whole, *rectangles]).fit(budget, sweeps)
         searched = polish(searched, w, g, h)
         if _error(w, searched, g, h) < _error(w, found, g, h):
@@ -417,7 +417,7 @@ def _best_side(
     if h is not None:
         worth = worth * (h if h.dim() == 1 else h.diagonal())
     start, width = _best_arc(worth - price * (right.shape[0] + 1))
-    places = (torch.arange(start, start + width) % len(rest)).sort().values
+    places = (torch.arange(start, start + width, device=rest.device) % len(rest)).sort().values
     return places, left[places]
 
 

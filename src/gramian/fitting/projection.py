@@ -14,7 +14,9 @@ from gramian.fitting.multilinear import polish
 from gramian.linalg import weighted_error
 from gramian.ops import Operator, structure
 
-CLOSED_FORM = frozenset({"dense", "skeleton", "diagonal", "quantized"})
+CLOSED_FORM = frozenset(
+    {"dense", "skeleton", "diagonal", "quantized", "toeplitz", "circulant", "householder", "orthogonal"}
+)
 """Structures whose own ``fit`` is already the optimum (or not multilinear): nothing to polish."""
 
 

@@ -6,6 +6,7 @@ Everything takes and returns plain tensors; nothing here knows operators, Grams 
 from gramian.linalg.hadamard import hadamard_transform, largest_power_of_two
 from gramian.linalg.pivoting import interpolation, pivoted_nystrom, pivoted_rows
 from gramian.linalg.spectral import (
+    eigenvectors,
     eigh,
     eigvalsh,
     polar,
@@ -19,6 +20,7 @@ from gramian.linalg.weighted import ReducedRank, reduced_rank, weigh, weighted_e
 
 __all__ = [
     "ReducedRank",
+    "eigenvectors",
     "eigh",
     "eigvalsh",
     "hadamard_transform",

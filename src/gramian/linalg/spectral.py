@@ -18,6 +18,14 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def eigenvectors(matrix: Tensor) -> Tensor:
+    """Real parts of the eigenvectors (n, n), in columns, of a general square matrix: all of them where it is known to have
+    real eigenvalues.
+    """
+    vectors: Tensor = torch.linalg.eig(matrix).eigenvectors
+    return vectors.real
+
+
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending) and eigenvectors of a symmetric matrix.
 

@@ -198,6 +198,10 @@ def _restructure(layer: StructuredLinear, op: BlockSparse) -> None:
         holder = layer.get_submodule(name)
         assert isinstance(holder.weight, Tensor)
         if isinstance(holder.weight, nn.Parameter):
+            # A graph that is still alive (a loss not yet thrown away) holds the node that accumulates this gradient, made
+            # for the old shape; torch makes a new one when the dtype changes, if only for a moment.
+            other = torch.float32 if value.dtype != torch.float32 else torch.float64
+            holder.weight.data = torch.empty(0, dtype=other, device=value.device)
             holder.weight.data, holder.weight.grad = value.detach(), None
         else:
             holder.weight = value

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
-from gramian.linalg import psd_solve, reduced_rank, svd, weighted_error
+from gramian.linalg import eigenvectors, psd_solve, reduced_rank, svd, weighted_error
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -283,7 +283,7 @@ def _member(w: Tensor, like: _Factors) -> _Factors:
     mixed = core[0, 0] @ inverse[1, 0] @ core[1, 1] @ inverse[0, 1]
     if not bool(mixed.isfinite().all()):
         return like
-    first = torch.linalg.eig(mixed)[1].real
+    first = eigenvectors(mixed)
     right = torch.linalg.pinv(first) @ core[0]  # (J, r, r)
     left = core[:, 0] @ torch.linalg.pinv(right[0])  # (I, r, r)
     found = _Factors(bases_out @ left, torch.zeros_like(like.scales), right @ bases_in).normalised()

@@ -298,7 +298,8 @@ class _Problem:
     ) -> None:
         self.weight = weight.double()
         self.gram_in, self.gram_out = (None if gram is None else gram.double() for gram in (gram_in, gram_out))
-        self.index, *self.size = _grid(weight.shape, levels, block)
+        index, *self.size = _grid(weight.shape, levels, block)
+        self.index = index.to(weight.device)
         self.nothing = self.weight.new_zeros(*self.index.shape, *self.size)
 
     @property
@@ -334,7 +335,7 @@ class _Problem:
         )
         a, b = a.sqrt()[:, None], b.sqrt()
         target = F.pad(a * self.weight * b, (0, c * width - n, 0, r * height - m))
-        off = target.new_ones(r, c).scatter_(1, self.index.long().to(target.device), 0.0)
+        off = target.new_ones(r, c).scatter_(1, self.index.long(), 0.0)
         mask = off.repeat_interleave(height, 0).repeat_interleave(width, 1)
         best = reduced_rank(target)
         left, right = best.left[:, :rank], best.right[:rank]
@@ -376,15 +377,14 @@ class _Problem:
         r, c = len(self.index), -(-n // width)
         rest = F.pad(self.weight - low[0] @ low[1], (0, c * width - n, 0, r * height - m))
         tiles = rest.reshape(r, height, c, width).transpose(1, 2)
-        index = self.index.long().to(tiles.device)
-        return tiles[torch.arange(r, device=tiles.device)[:, None], index]
+        return tiles[torch.arange(r, device=tiles.device)[:, None], self.index.long()]
 
     def refit(self, values: Tensor, low: _Pair) -> Tensor:
         """The blocks of each block row in turn at their optimum: ``+= H_ii^{-1} (H E G)_{i, S} G_SS^{-1}``."""
         (m, n), (height, width), g, h = self.weight.shape, self.size, self.gram_in, self.gram_out
         error = self.rest(values) - low[0] @ low[1]
         values = values.clone()
-        for i, row in enumerate(self.index.long().to(values.device)):
+        for i, row in enumerate(self.index.long()):
             rows = slice(i * height, min((i + 1) * height, m))
             support = (row[:, None] * width + torch.arange(width, device=row.device)).reshape(-1)
             real = support < n
