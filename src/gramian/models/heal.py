@@ -36,7 +36,7 @@ class Healing:
     states: float = 1.0
     seed: int = 0
     batch: int = 16
-    pool: int = 6
+    pool: int = 8
 
 
 def heal(

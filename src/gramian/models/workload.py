@@ -19,8 +19,6 @@ CHANGED = 0.4
 """Most tokens of a recombined text, as a share, that become a neighbour of theirs in the embedding table."""
 NEIGHBOURS = 12
 """How many neighbours a token has."""
-LONGEST = 112
-"""Tokens after which a recombined text ends: more texts for the same time, and the texts themselves are not cut."""
 
 
 @dataclass
@@ -261,8 +259,7 @@ def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours |
     all of them some tokens (a share up to `CHANGED`, drawn for each sequence) become a near one in the embedding table:
     calibration texts show but a part of the vocabulary.
 
-    The first and last real token stay (special ones, in an encoder); a text of more than `LONGEST` tokens loses what lies
-    beyond, before its last token.
+    Lengths stay, and so do the first and last real token (special ones, in an encoder).
 
     Args:
         batch: input_ids and attention_mask (B, T).
@@ -270,12 +267,8 @@ def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours |
         neighbours: of each token, or None to leave the tokens as they are.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    left = not bool(mask[:, 0].all())  # padded at the front
+    fresh = ids.clone()
     rows = [ids[i][mask[i]] for i in range(len(ids))]
-    rows = [row if len(row) <= LONGEST else torch.cat([row[: LONGEST - 1], row[-1:]]) for row in rows]
-    length = max(map(len, rows))
-    fresh = ids[:, :length].clone() if not left else ids[:, -length:].clone()
-    kept = torch.zeros(len(ids), length, dtype=batch["attention_mask"].dtype)
     partners = torch.randperm(len(ids), generator=generator).tolist()
     for i, own in enumerate(rows):
         mixed, other = own.clone(), rows[partners[i]]
@@ -291,10 +284,8 @@ def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours |
             near = neighbours(mixed[places])
             drawn = torch.randint(0, near.shape[1], (len(places), 1), generator=generator)
             mixed[places] = near.gather(1, drawn).squeeze(1).to(mixed)
-        place = slice(length - len(mixed), length) if left else slice(0, len(mixed))
-        fresh[i, place], kept[i, place] = mixed, 1
-    rest = {key: value[:, -length:] if left else value[:, :length] for key, value in batch.items()}
-    return {**rest, "input_ids": fresh, "attention_mask": kept}
+        fresh[i][mask[i]] = mixed
+    return {**batch, "input_ids": fresh}
 
 
 class Neighbours:
