@@ -52,7 +52,7 @@ def claims() -> str:
     ]
     for path in sorted((HERE.parent / "claims" / "results").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        cells = [f"{found['claim']} (`{path.stem}`)", found["paper"], found["claimed"], flat(found["measured"])]
+        cells = [f"{found['claim']} (`{path.stem}`)", found["paper"], flat(found["claimed"]), flat(found["measured"])]
         lines.append(f"| {' | '.join(cells)} | **{found['verdict']}** |")
     return "\n".join(lines) + "\n"
 
