@@ -15,8 +15,7 @@ from tasks import accuracy, digits, fit_digits
 from torch import nn
 
 from gramian.nn import StructuredLinear, spectral_
-from gramian.ops import random_mixer
-from gramian.ops.mixer import MixerSize, mixer_sizes
+from gramian.ops import MixerSize, mixer_sizes, random_mixer
 
 CONNECTIONS, SEEDS, STEPS = 65536, (0, 1, 2), 250
 

@@ -5,7 +5,7 @@ from gramian.ops.blast import Blast
 from gramian.ops.block_diagonal import BlockDiagonal, monarch
 from gramian.ops.block_low_rank import BlockLowRank
 from gramian.ops.block_sparse import BlockSparse
-from gramian.ops.butterfly import PixelatedButterfly, butterfly, butterfly_fit, butterfly_twiddles, flat_butterfly
+from gramian.ops.butterflies import PixelatedButterfly, butterfly, butterfly_fit, butterfly_twiddles, flat_butterfly
 from gramian.ops.circulant import Circulant
 from gramian.ops.combinators import BlockDiag, Kron, Product, Scaled, Sum, Transpose
 from gramian.ops.cross import Cross, cross_indices, cur
@@ -16,10 +16,10 @@ from gramian.ops.displacement import LowDisplacement
 from gramian.ops.householder import Householder
 from gramian.ops.kronecker import KroneckerSum
 from gramian.ops.low_rank_sparse import LowRankSparse
-from gramian.ops.mixer import MixerSize, channel_mixing, mixer, mixer_sizes, random_mixer, token_mixing
+from gramian.ops.mixers import MixerSize, channel_mixing, mixer, mixer_sizes, random_mixer, token_mixing
 from gramian.ops.operator import Operator, from_config, register, structure, structures
 from gramian.ops.orthogonal import Orthogonal, permuted_orthogonal
-from gramian.ops.pauli import PauliSum, pauli, pauli_entries
+from gramian.ops.pauli_strings import PauliSum, pauli, pauli_entries
 from gramian.ops.quantized import Quantized
 from gramian.ops.semi_structured import SemiStructured
 from gramian.ops.skeleton import Skeleton
