@@ -16,17 +16,19 @@ from torch import nn
 from gramian.nn import StructuredLinear
 from gramian.ops import Dense, LowRankSparse, Operator
 
-WIDTH, RANK, DENSITY, STEPS, SEEDS, RATE = 512, 64, 0.03, 1500, (0, 1, 2), 2e-3
+WIDTH, RANK, DENSITY, STEPS, SEEDS, RATE = 512, 64, 0.03, 1000, (0, 1, 2), 2e-3
 ENTRIES = round(DENSITY * WIDTH * WIDTH)
 
 
 def matrix(kind: str, generator: torch.Generator) -> Operator:
-    """The start of one hidden layer; the low-rank part starts alike in all that have one."""
+    """The start of one hidden layer. The low-rank part starts by the spectral rule: at the paper's B = 0 these layers, which
+    have no residual connection around them, pass nothing on and never begin to learn.
+    """
     if kind == "dense":
         return Dense.init((WIDTH, WIDTH), generator=generator)
     # "more rank": as many numbers as the entries and their indices take.
     rank = RANK + ENTRIES // WIDTH if kind == "more rank" else RANK
-    whole = LowRankSparse.init((WIDTH, WIDTH), rank=rank, nonzeros=ENTRIES, start="sltrain", generator=generator)
+    whole = LowRankSparse.init((WIDTH, WIDTH), rank=rank, nonzeros=ENTRIES, generator=generator)
     return whole if kind == "low rank and sparse" else whole.parts[0]
 
 
