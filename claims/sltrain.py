@@ -16,7 +16,7 @@ from torch import nn
 from gramian.nn import StructuredLinear
 from gramian.ops import Dense, LowRankSparse, Operator
 
-WIDTH, RANK, DENSITY, STEPS, SEEDS, RATE = 512, 64, 0.03, 1000, (0, 1, 2), 2e-3
+WIDTH, RANK, DENSITY, STEPS, SEEDS, RATE = 512, 64, 0.03, 1500, (0, 1, 2), 2e-3
 ENTRIES = round(DENSITY * WIDTH * WIDTH)
 
 
