@@ -108,10 +108,20 @@ class GrowAndPrune:
 
         Returns:
             Whether blocks have changed.
+
+        Raises:
+            GramianError: blocks were to be regrown in a layer that took no part in the backward pass.
         """
         self.taken += 1
         due = self._due(self.taken)
         if due:
+            unseen = [name for name in self.layers if name not in self._gradients]
+            if self._hooks and unseen:
+                raise GramianError(
+                    f"GrowAndPrune: no gradient passed through layer {unseen[0]!r} before step {self.taken}; expected a "
+                    "forward call and a backward pass (FeatureMajor runs past the hooks of its layers). Use grow=0, or "
+                    "leave the layer out of layers"
+                )
             for name, layer in self.layers.items():
                 self._change(name, layer)
         self._watch()

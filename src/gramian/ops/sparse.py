@@ -1,8 +1,8 @@
 """Unstructured sparse matrices in compressed rows, and the search for a sparse approximation under Grams.
 
 The product is ``torch.nn.functional.embedding_bag`` seen as what it is: each output coordinate sums weighted rows of the
-feature-major input. Its kernel reads nothing but the nonzeros and whole runs of the batch, in every floating-point dtype
-of torch, where ``torch.sparse`` is slower and lacks bfloat16 on CPU, ``vmap`` and gradients with respect to the values.
+feature-major input. Its kernel reads nothing but the nonzeros and whole runs of the batch, in every floating-point dtype.
+The compressed rows of ``torch.sparse`` take half as long again to twice as long (measured) and lack ``vmap``.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ class Sparse(Operator):
     """Any k entries of a matrix, row by row (compressed sparse rows).
 
     A nonzero takes one value and one index: two numbers, and 1.5 words of a float32 weight, as columns fit in 16 bits up
-    to 32768 of them. On one core the product beats the dense one at up to about a third of nonzeros, from a few rows on.
+    to 32768 of them. On one core in float32 the product beats the dense one at up to about a third of nonzeros, from four
+    rows on.
 
     Args:
         values: (k,), by row and, within a row, by column.
@@ -382,8 +383,8 @@ def pursue(
     The first support has the largest ``|W_ij| (H_ii G_jj)^{1/2}`` (Wanda, Sun et al. 2024); its values are refitted to the
     full Grams (optimal brain surgeon) by conjugate gradients, all rows at a time. Then the support is chosen again where a
     gradient step from the refitted matrix is largest, and refitted, as long as that lowers the error: hard thresholding
-    pursuit (Foucart 2011) in the metric of the Grams' diagonals. On layers of a sentence encoder at a quarter of nonzeros
-    four rounds take a fifth off the error of Wanda with refitting, on held-out text as well.
+    pursuit (Foucart 2011) in the metric of the Grams' diagonals. On four layers of a sentence encoder at a quarter of
+    nonzeros, four rounds lower the relative output error of Wanda with refitting by 18 %, on held-out text by 12 %.
 
     Args:
         weight: W, (out, in).
