@@ -15,7 +15,7 @@ from gramian.linalg import weighted_error
 from gramian.ops import Operator, structure
 
 CLOSED_FORM = frozenset(
-    {"dense", "skeleton", "diagonal", "quantized", "toeplitz", "circulant", "householder", "orthogonal"}
+    {"dense", "skeleton", "diagonal", "quantized", "toeplitz", "circulant", "householder", "orthogonal", "low_rank_quantized"}
 )
 """Structures whose own ``fit`` is already the optimum (or not multilinear): nothing to polish."""
 
@@ -63,7 +63,7 @@ def fit(
         size: what the structure's ``sizes`` lists.
 
     Raises:
-        GramianError: unknown structure, NaN or Inf in the weight or a Gram, shapes that do not match.
+        GramianError: unknown structure, NaN or Inf in the weight or a Gram, a complex weight, shapes that do not match.
     """
     out, in_ = weight.shape
     for label, gram, length in (("gram_in", gram_in, in_), ("gram_out", gram_out, out)):
@@ -73,6 +73,8 @@ def fit(
             raise GramianError(f"{label}: NaN or Inf")
     if not bool(weight.isfinite().all()):
         raise GramianError("weight: NaN or Inf")
+    if weight.is_complex():
+        raise GramianError(f"weight: {weight.dtype}; expected real numbers, e.g. weight.real and weight.imag one by one")
     cls = structure(kind)
     op = cls.fit(weight, gram_in=gram_in, gram_out=gram_out, **size)
     error = _error(weight, op, gram_in, gram_out)

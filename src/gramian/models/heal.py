@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.models.workload import Workload
 from gramian.nn import StructuredLinear, as_linear
-from gramian.ops import BlockLowRank, Operator, Skeleton
+from gramian.nn.straight_through import StraightThroughDictionary
+from gramian.ops import BlockLowRank, Dictionary, Operator, Skeleton
+
+ANSWERS_KEPT = 2**31
+"""Bytes of the teacher's answers that are kept; what goes beyond is asked for again when its turn comes."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,19 @@ class Healing:
         steps: optimiser steps.
         rate: peak learning rate of AdamW, reached after a tenth of the steps, then a cosine to zero.
         states: weight of matching the last hidden states of every token, beside the features.
+        inner: weight of matching the hidden states between layers. Each layer then learns from its own error, which takes
+            fewer steps, and less text, than the model's last answer alone.
         seed: of batch order and recombination.
         batch: sequences a step.
         pool: training data as a multiple of the calibration data: beside the texts themselves, recombinations of them
-            where the workload can; the teacher answers any input. Its answers are kept in half precision (two bytes a
-            token and feature), so it runs once an input, not once a step.
+            where the workload can; the teacher answers any input. Its answers are kept in half precision, up to
+            `ANSWERS_KEPT` bytes of them, so it runs once an input, not once a step.
     """
 
     steps: int = 100
     rate: float = 1e-4
     states: float = 1.0
+    inner: float = 1.0
     seed: int = 0
     batch: int = 16
     pool: int = 8
@@ -54,8 +61,10 @@ def heal(
     """Train the factors (and biases) of `layers` in place, so that `student` reproduces `teacher`.
 
     Low-rank layers are trained as balanced factor pairs (both factors carry the root of the singular values) and go back
-    to their stored gauge at the end: the same matrix to rounding. Everything else in the model stays frozen. The loss is
-    ``1 - cos(features)`` plus, where the workload shows them, the relative squared error of the tokens' hidden states.
+    to their stored gauge at the end: the same matrix to rounding. Layers over a dictionary train the support of their codes
+    too, by the straight-through estimator. Everything else in the model stays frozen. The loss is
+    ``1 - cos(features)`` plus, where the workload shows them, the relative squared errors of the tokens' last and inner
+    hidden states.
 
     Args:
         student: the compressed model.
@@ -84,6 +93,9 @@ def heal(
             with torch.no_grad():
                 student.set_submodule(name, as_linear(module.op.pair().balanced, module.bias))
             stored[name] = Skeleton
+        elif isinstance(module, StructuredLinear) and isinstance(module.op, Dictionary):
+            student.set_submodule(name, StraightThroughDictionary(module.op, module.bias))
+            stored[name] = Dictionary
     trained: dict[str, nn.Parameter] = {}
     frozen: list[nn.Parameter] = []
     chosen = tuple(f"{name}." for name in layers)
@@ -102,6 +114,7 @@ def heal(
         first = _restore(resume, trained, optimiser)
     pool = _pool(workload, teacher, settings)
     targets: dict[int, list[Tensor]] = {}
+    kept = 0
     history: list[tuple[int, float]] = []
     training = student.training
     student.eval()
@@ -117,10 +130,14 @@ def heal(
                 group["lr"] = settings.rate * _schedule(step, settings.steps)
             place = _place(step, len(pool), settings.seed)
             batch = pool[place]
-            if place not in targets:
+            target = targets.get(place)
+            if target is None:
                 with torch.no_grad():
-                    targets[place] = [t.half() for t in workload.outputs(teacher, batch)]
-            loss = _loss(workload.outputs(student, batch), targets[place], settings.states)
+                    target = [t.half() for t in workload.outputs(teacher, batch)]
+                if kept < ANSWERS_KEPT:
+                    targets[place] = target
+                    kept += sum(t.nbytes for t in target)
+            loss = _loss(workload.outputs(student, batch), target, settings.states, settings.inner)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise GramianError(f"healing: the loss became {value} at step {step}; lower the learning rate")
@@ -144,8 +161,12 @@ def heal(
         student.train(training)
         for p in frozen:
             p.requires_grad_(True)
-    for name in stored:
+    for name, kind in stored.items():
         module = student.get_submodule(name)
+        if isinstance(module, StraightThroughDictionary):
+            student.set_submodule(name, module.finish())
+            continue
+        assert kind is Skeleton
         assert isinstance(module, StructuredLinear)
         pair = module.op
         assert isinstance(pair, BlockLowRank)
@@ -161,7 +182,8 @@ def _validate(student: nn.Module, teacher: nn.Module, workload: Workload) -> flo
     batches = workload.parts(16)
     batches = batches[:: max(1, len(batches) // 4)][:4]
     losses = [
-        float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0)) for batch in batches
+        float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0, 0.0))
+        for batch in batches
     ]
     return sum(losses) / len(losses)
 
@@ -192,14 +214,16 @@ def _place(step: int, count: int, seed: int) -> int:
     return int(order[place])
 
 
-def _loss(student: list[Tensor], target: list[Tensor], states: float) -> Tensor:
+def _loss(student: list[Tensor], target: list[Tensor], states: float, inner: float) -> Tensor:
+    """Outputs as of ``Workload.outputs``."""
     loss = (1 - torch.nn.functional.cosine_similarity(student[0].float(), target[0].float(), dim=-1)).mean()
-    if states and len(student) > 1:
-        parts = [
+    for weight, part in ((states, slice(1, 2)), (inner, slice(2, None))):
+        errors = [
             (s.float() - t.float()).square().sum() / t.float().square().sum().clamp_min(1e-30)
-            for s, t in zip(student[1:], target[1:], strict=True)
+            for s, t in zip(student[part], target[part], strict=True)
         ]
-        loss = loss + states * torch.stack(parts).mean()
+        if weight and errors:
+            loss = loss + weight * torch.stack(errors).mean()
     return loss
 
 

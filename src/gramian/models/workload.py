@@ -15,6 +15,8 @@ from gramian.errors import GramianError
 from gramian.grams.collect import Objective
 
 Batch = Any
+LONGEST = 64
+"""Tokens of a recombined sequence, at most."""
 CHANGED = 0.4
 """Most tokens of a recombined text, as a share, that become a neighbour of theirs in the embedding table."""
 NEIGHBOURS = 12
@@ -30,7 +32,8 @@ class Workload:
         run: (model, batch) -> raw output.
         features: (model, batch) -> (sequences, d) float tensor: what the compressed model should reproduce.
         mask: (batch) -> (sequences, tokens) or None.
-        outputs: (model, batch) -> [features, last hidden states (real tokens, d) if any]: what healing matches.
+        outputs: (model, batch) -> [features, last hidden states (real tokens, d), inner ones, ...] (the features alone where
+            there are no others): what healing matches.
         augment: (model, batch, generator) -> a batch of recombined inputs, or None where inputs cannot be recombined.
         name: what the features are, for reports.
     """
@@ -224,8 +227,11 @@ def text_workload(
         return pool(last_states(model, batch), batch["attention_mask"], pooling)
 
     def outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-        states = last_states(model, batch)
-        return [pool(states, batch["attention_mask"], pooling), states[batch["attention_mask"].bool()]]
+        result = model(**batch, output_hidden_states=True)
+        _, *inner, last = result.hidden_states
+        last = getattr(result, "last_hidden_state", last)
+        real = batch["attention_mask"].bool()
+        return [pool(last, batch["attention_mask"], pooling), *(states[real] for states in (last, *inner))]
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:
         result = run(model, batch).logits
@@ -257,18 +263,23 @@ def text_workload(
 def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours | None) -> Batch:
     """New token sequences from a padded batch: half of them end, or begin, as another sequence of the batch does, and in
     all of them some tokens (a share up to `CHANGED`, drawn for each sequence) become a near one in the embedding table:
-    calibration texts show but a part of the vocabulary.
+    calibration texts show but a part of the vocabulary. Of long sequences a part of `LONGEST` tokens is drawn: more
+    sequences in the same time teach more than longer ones.
 
-    Lengths stay, and so do the first and last real token (special ones, in an encoder).
+    The first and last real token (special ones, in an encoder) stay.
 
     Args:
         batch: input_ids and attention_mask (B, T).
         generator: of the draws.
         neighbours: of each token, or None to leave the tokens as they are.
+
+    Returns:
+        The batch of the new sequences, (B, min(T, LONGEST)); padded on the side where `batch` is.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    fresh = ids.clone()
-    rows = [ids[i][mask[i]] for i in range(len(ids))]
+    width = min(LONGEST, ids.shape[1])
+    shorter = {key: value[:, :width].clone() for key, value in batch.items()}
+    rows = [_window(ids[i][mask[i]], width, generator) for i in range(len(ids))]
     partners = torch.randperm(len(ids), generator=generator).tolist()
     for i, own in enumerate(rows):
         mixed, other = own.clone(), rows[partners[i]]
@@ -284,8 +295,20 @@ def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours |
             near = neighbours(mixed[places])
             drawn = torch.randint(0, near.shape[1], (len(places), 1), generator=generator)
             mixed[places] = near.gather(1, drawn).squeeze(1).to(mixed)
-        fresh[i][mask[i]] = mixed
-    return {**batch, "input_ids": fresh}
+        padding_first = bool(mask[i, -1]) and not bool(mask[i, 0])
+        where_real = slice(width - len(mixed), width) if padding_first else slice(0, len(mixed))
+        shorter["attention_mask"][i] = 0
+        shorter["attention_mask"][i, where_real] = 1
+        shorter["input_ids"][i, where_real] = mixed
+    return shorter
+
+
+def _window(tokens: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """At most `width` of the tokens (n,): the first, the last, and a run between."""
+    if len(tokens) <= width:
+        return tokens
+    first = 1 + int(torch.randint(0, len(tokens) - width + 1, (), generator=generator))
+    return torch.cat([tokens[:1], tokens[first : first + width - 2], tokens[-1:]])
 
 
 class Neighbours:

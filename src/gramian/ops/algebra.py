@@ -101,6 +101,9 @@ def compose(*ops: Operator) -> Operator:
 
 def _fuse(a: Operator, b: Operator) -> Operator | None:
     """``a @ b`` as one operator where a rule gives one that stores no more than both."""
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        smaller = a.weight.shape[0] * b.weight.shape[1] <= a.weight.numel() + b.weight.numel()
+        return Dense(a.weight @ b.weight) if smaller else None
     if isinstance(a, Identity):
         return b
     if isinstance(b, Identity):
@@ -129,8 +132,6 @@ def _fuse(a: Operator, b: Operator) -> Operator | None:
         return Dense(b.weight[a.index.long()])
     if isinstance(a, Dense) and isinstance(b, Permutation):
         return Dense(a.weight[:, b.T.index.long()])  # type: ignore[attr-defined]
-    if isinstance(a, Dense) and isinstance(b, Dense) and a.shape[0] * b.shape[1] <= a.weight.numel() + b.weight.numel():
-        return Dense(a.weight @ b.weight)
     if isinstance(b, BlockLowRank) and b.blocks == (1, 1) and isinstance(a, Dense) and a.shape[0] <= a.shape[1]:
         return BlockLowRank.low_rank(a.weight @ b.left[0], b.right[0])
     if isinstance(a, BlockLowRank) and a.blocks == (1, 1) and isinstance(b, Dense) and b.shape[1] <= b.shape[0]:

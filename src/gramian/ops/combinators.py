@@ -210,9 +210,11 @@ class Kron(Operator):
         return (self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1])
 
     def apply(self, x: Tensor) -> Tensor:
-        batch = x.shape[:-1]
-        y = self.right.apply(x.reshape(*batch, self.left.shape[1], self.right.shape[1]))
-        return self.left.apply(y.mT.contiguous()).mT.reshape(*batch, self.shape[0])
+        (a, b), (c, d), batch = self.left.shape, self.right.shape, x.shape[:-1]
+        rows = batch.numel()
+        y = self.right.apply(x.reshape(rows * b, d)).reshape(rows, b, c)
+        y = self.left.apply(y.mT.reshape(rows * c, b)).reshape(rows, c, a)
+        return y.mT.reshape(*batch, a * c)
 
     def apply_columns(self, x: Tensor) -> Tensor:
         """The left factor needs no copy: its columns are whole runs of (right, batch)."""
