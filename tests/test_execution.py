@@ -284,15 +284,23 @@ def test_a_budget_of_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         name: Layer(name, torch.randn(256, 192, generator=seeded(i)) * 10.0**-i, None) for i, name in enumerate("ab")
     }
     with pytest.raises(GramianError, match="not calibrated"):
-        make_plan(layers, [], keep=0.5, cost="latency", uniform=False)
+        make_plan(layers, [], keep=0.5, cost="latency", allocation="exact")
     calibration.save(pretended())
     before = sum(dense_cost(layer).of("latency") for layer in layers.values())
     assert before == pytest.approx(
         2e9 * (2e-6 + 2 * 512 * 256 * 192 / 1e11 + 4 * (512 * 448 + 256 * 192) / 1e10), rel=0.2
     )
-    plan = make_plan(layers, [], keep=0.8, cost="latency", uniform=False)
+    plan = make_plan(layers, [], keep=0.8, cost="latency", allocation="exact")
     assert 0 < plan.used <= plan.budget <= 0.8 * before
     built = [build_entry(entry, layers) for entry in plan.entries]
     again = sum(options.nanoseconds(op) for made in built for op, _ in made.layers.values())
     assert again == plan.used, "what was built is what was planned"
     calibration.forget()
+
+
+def test_work_is_the_same_in_inference_mode() -> None:
+    op = BlockLowRank.init((48, 40), rank=3, blocks=(2, 2))
+    low = BlockLowRank.init((48, 40), rank=5)
+    expected = [work(op, 7), work(low, 7), work(Dense(torch.ones(8, 6)), 3)]
+    with torch.inference_mode():
+        assert [work(op, 7), work(low, 7), work(Dense(torch.ones(8, 6)), 3)] == expected

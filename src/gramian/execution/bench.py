@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.execution.calibration import median_seconds, stored
+from gramian.execution.calibration import best_seconds, stored
 from gramian.execution.forms import choose
 from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Operator, monarch, structures
 
@@ -93,13 +93,13 @@ def peak_rate(dtype: torch.dtype) -> float:
     """Operations a second of a large dense product: the best that this machine does."""
     n = 1024
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(median_seconds(partial(torch.mm, a, b)) for _ in range(3))
+    return 2 * n**3 / min(best_seconds(partial(torch.mm, a, b)) for _ in range(3))
 
 
 def bandwidth() -> float:
     """Bytes a second when reading a matrix that no cache holds."""
     matrix, x = torch.randn(4096, 8192), torch.randn(8192)
-    return matrix.numel() * 4 / min(median_seconds(partial(torch.mv, matrix, x)) for _ in range(3))
+    return matrix.numel() * 4 / min(best_seconds(partial(torch.mv, matrix, x)) for _ in range(3))
 
 
 def bound(op: Operator, batch: int, rate: float, memory: float) -> float:

@@ -23,7 +23,10 @@ from gramian.errors import GramianError
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import MatrixProduct
 
-LARGEST_FLOPS = 5e9
+LARGEST_FLOPS = 2e9
+ROUNDS = 3
+"""Every product is measured in this many rounds over all of them, and the best counts: a moment in which the machine is
+busy or slow, which may last for many products, then falls on some rounds of each only."""
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -51,20 +54,20 @@ def cache_file() -> Path:
     return Path(root) / f"calibration-{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
 
 
-def median_seconds(call: Callable[[], object], *, at_least: float = 0.004, repeats: int = 5) -> float:
-    """Median seconds of one call; short calls are timed in groups."""
+def best_seconds(call: Callable[[], object], *, at_least: float = 0.0005, repeats: int = 3) -> float:
+    """Seconds of one call, the best of a few; short calls are timed in groups of `at_least` seconds."""
     call()
     start = time.perf_counter()
     call()
     once = max(time.perf_counter() - start, 1e-7)
-    group = max(1, min(1000, round(at_least / repeats / once)))
-    taken = []
-    for _ in range(repeats if once < 0.05 else 3):
+    group = max(1, min(1000, round(at_least / once)))
+    best = math.inf
+    for _ in range(repeats if once < 0.01 else 1):
         start = time.perf_counter()
         for _ in range(group):
             call()
-        taken.append((time.perf_counter() - start) / group)
-    return statistics.median(taken)
+        best = min(best, (time.perf_counter() - start) / group)
+    return best
 
 
 def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS) -> MatrixProduct:
@@ -82,51 +85,66 @@ def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGES
 
 
 def time_product(product: MatrixProduct, device: str = "cpu") -> float:
-    """Median seconds of one product."""
+    """Seconds of one product."""
     left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
     right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
     with torch.inference_mode():
         if product.count == 1:
             left, right = left[0], right[0]
-            return median_seconds(lambda: torch.mm(left, right))
-        return median_seconds(lambda: torch.bmm(left, right))
+            return best_seconds(lambda: torch.mm(left, right))
+        return best_seconds(lambda: torch.bmm(left, right))
 
 
 def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: str) -> Tensor:
     if transposed:
-        return torch.randn(count, columns, rows, device=device).to(dtype).mT
-    return torch.randn(count, rows, columns, device=device).to(dtype)
+        return torch.full((count, columns, rows), 0.5, dtype=dtype, device=device).mT
+    return torch.full((count, rows, columns), 0.5, dtype=dtype, device=device)
 
 
-def calibrate(*, budget: float = 18.0, seed: int = 0, progress: Callable[[float], None] | None = None) -> CostModel:
+def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float], None] | None = None) -> CostModel:
     """Measure products and passes for about `budget` seconds, on the threads torch uses now.
 
     Args:
-        budget: seconds; four fifths go to float32, the rest to bfloat16 and memory traffic.
+        budget: seconds; two thirds go to float32, the rest to bfloat16, memory traffic and learning.
         seed: of the shapes.
         progress: called with the share done.
     """
     begun = time.perf_counter()
+
+    def tell() -> None:
+        if progress is not None:
+            progress(min(1.0, (time.perf_counter() - begun) / budget))
+
     r = random.Random(seed)
-    passes = _passes()
-    strided = _strided_penalty()
+    passes, strided = _passes(), _strided_penalty()
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
-    for dtype, until in ((torch.bfloat16, 0.3), (torch.float32, 0.92)):
-        rows: list[tuple[MatrixProduct, float]] = []
+    for dtype, until in ((torch.bfloat16, 0.25), (torch.float32, 0.9)):
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
-        while len(rows) < 24 or (time.perf_counter() - begun < until * budget and len(rows) < 400):
-            product = random_product(r, dtype, largest)
-            rows.append((product, time_product(product)))
-            if progress is not None:
-                progress(min(1.0, (time.perf_counter() - begun) / budget))
-        products[str(dtype).removeprefix("torch.")] = rows
-    return CostModel(machine(), products, passes, strided)
+        start = time.perf_counter()
+        share = (until * budget - (start - begun)) / ROUNDS
+        shapes, first = [], []
+        while len(shapes) < 24 or (time.perf_counter() - start < share and len(shapes) < 400):
+            shapes.append(random_product(r, dtype, largest))
+            first.append(time_product(shapes[-1]))
+            tell()
+        others = [[time_product(shape) for shape in shapes] for _ in range(ROUNDS - 1)]
+        tell()
+        seconds = [min(values) for values in zip(first, *others, strict=True)]
+        products[str(dtype).removeprefix("torch.")] = list(zip(shapes, seconds, strict=True))
+        passes = {
+            kind: [(nbytes, min(a, b)) for (nbytes, a), (_, b) in zip(rows, again, strict=True)]
+            for (kind, rows), again in zip(passes.items(), _passes().values(), strict=True)
+        }
+        strided = min(strided, _strided_penalty())
+    model = CostModel(machine(), products, passes, strided)
+    model.learn()
+    return model
 
 
 def _affordable(dtype: torch.dtype) -> float:
     """Operations of a product that takes about 20 ms: some machines have no kernel for a dtype."""
     a = torch.randn(128, 128).to(dtype)
-    seconds = median_seconds(lambda: a @ a)
+    seconds = best_seconds(lambda: a @ a)
     return min(LARGEST_FLOPS, max(1e5, 2 * 128**3 / seconds * 0.02))
 
 
@@ -138,13 +156,13 @@ def _passes() -> dict[str, list[tuple[float, float]]]:
         rows = torch.randperm(side)
         nbytes = 2.0 * x.numel() * 4
         with torch.inference_mode():
-            out["smooth"].append((nbytes, median_seconds(x.clone)))
-            out["scattered"].append((nbytes, median_seconds(x.mT.contiguous)))
-            out["index"].append((nbytes, median_seconds(partial(x.index_select, 0, rows))))
-            out["fourier"].append((nbytes, median_seconds(partial(torch.fft.rfft, x))))
+            out["smooth"].append((nbytes, best_seconds(x.clone)))
+            out["scattered"].append((nbytes, best_seconds(x.mT.contiguous)))
+            out["index"].append((nbytes, best_seconds(partial(x.index_select, 0, rows))))
+            out["fourier"].append((nbytes, best_seconds(partial(torch.fft.rfft, x))))
     x = torch.randn(8, 8)
     with torch.inference_mode():
-        view = median_seconds(lambda: x.view(4, 16))
+        view = best_seconds(lambda: x.view(4, 16))
     out["view"] = [(0.0, view)]
     return out
 
@@ -157,7 +175,7 @@ def _strided_penalty() -> float:
         right = torch.randn(count, k, n)
         smooth, strided = wide[:, :, :k].contiguous(), wide[:, :, ::2]
         with torch.inference_mode():
-            slow, fast = (median_seconds(partial(torch.bmm, left, right)) for left in (strided, smooth))
+            slow, fast = (best_seconds(partial(torch.bmm, left, right)) for left in (strided, smooth))
             ratios.append(slow / fast)
     return math.exp(statistics.mean(map(math.log, ratios)))
 

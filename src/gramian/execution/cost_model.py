@@ -154,6 +154,10 @@ class CostModel:
             out[dtype] = (roofline, residuals)
         return out
 
+    def learn(self) -> None:
+        """Learn from the measurements now, not when first asked."""
+        assert self._learned
+
     def roofline(self, dtype: torch.dtype) -> Roofline:
         """What the predictions of that dtype's products start from."""
         return self._learned[str(dtype).removeprefix("torch.")][0]

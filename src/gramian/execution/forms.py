@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian.execution.calibration import stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import trace
-from gramian.ops import BlockLowRank, Dense, Operator
+from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection
 
 DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
@@ -61,7 +61,29 @@ def _rows(op: Operator) -> Kernel:
     if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
         left, right = op.left[0], op.right[0]
         return lambda x, bias: F.linear(F.linear(x, right), left, bias)
+    if isinstance(op, Product) and len(op.parts) == 2:
+        return _pair(*op.parts) or _applied(op)
+    return _applied(op)
 
+
+def _pair(left: Operator, right: Operator) -> Kernel | None:
+    """Some rows or some columns of a dense matrix: what is left when coordinates were chosen."""
+    if isinstance(left, Selection) and isinstance(right, Dense) and left.scatter:
+        weight, index, size = right.weight, left.index.long(), left.size
+
+        def scattered(x: Tensor, bias: Tensor | None) -> Tensor:
+            some = F.linear(x, weight)
+            y = some.new_zeros(*x.shape[:-1], size).index_copy_(-1, index, some)
+            return y if bias is None else y + bias
+
+        return scattered
+    if isinstance(left, Dense) and isinstance(right, Selection) and not right.scatter:
+        weight, index = left.weight, right.index
+        return lambda x, bias: F.linear(x.index_select(-1, index), weight, bias)
+    return None
+
+
+def _applied(op: Operator) -> Kernel:
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         y = op.apply(x)
         return y if bias is None else y + bias.to(y.dtype)

@@ -69,7 +69,7 @@ class Pass:
 
 Step = MatrixProduct | Pass
 
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear", "matmul"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"}
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"}
 
 
@@ -79,7 +79,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        with self:  # in inference mode composite operations (linear, matmul) come whole
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name in _FREE:
             return result
