@@ -16,16 +16,13 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common import KEEPS, Encoder, write
-from gramian.compression import Entry, Layer, Plan, dense_cost, make_plan
-from gramian.compression.knapsack import Option, solve
+from gramian.compression import Entry, Layer, Plan, dense_cost, make_plan, plan_recipe, resolve_recipe
 from gramian.grams import Grams
-from gramian.linalg import reduced_rank
 from gramian.models.api import apply_built, build_all
 from gramian.models.heal import Healing, heal
-from gramian.ops import BlockLowRank, Operator, Quantized
+from gramian.ops import Quantized
 
 
 def show(name: str, keep: float, row: dict[str, Any]) -> None:
@@ -37,66 +34,37 @@ def show(name: str, keep: float, row: dict[str, Any]) -> None:
     )
 
 
+BASELINES = {
+    "plain SVD, uniform rank": "svd",
+    "ASVD, uniform rank": "asvd",
+    "Fisher-weighted SVD, rows": "fwsvd",
+    "Fisher-weighted SVD, rows and columns": "fwsvd-columns",
+    "whitened SVD, uniform rank (SVD-LLM)": "svd-llm",
+    "centred whitened SVD with bias (LoRD)": "lord",
+    "one threshold on normalised singular values (WeLore)": "welore",
+}
+
+
 def baselines(encoder: Encoder, grams: Grams) -> None:
-    """What others do, from the same core: low-rank factor pairs of r (m + n) numbers, no healing."""
+    """What others do, from the same core, no healing: recipes, and two ways to divide the budget of low-rank layers."""
     layers = encoder.layers(grams)
-    moments = {name: layer.grams.input.moment() for name, layer in layers.items()}
     rows = []
-    variants: dict[str, dict[str, Tensor | None]] = {
-        "plain SVD, uniform rank": dict.fromkeys(layers),
-        "whitened SVD, uniform rank (SVD-LLM)": dict(moments),
-    }
-    for name, metric in variants.items():
-        for keep in KEEPS:
-            made = {}
-            for layer in layers.values():
-                out, in_ = layer.shape
-                rank = int(keep * out * in_ / (out + in_))
-                best = reduced_rank(layer.weight, metric[layer.name])
-                made[layer.name] = (pair(best, rank), layer.bias)
-            row = {"method": name, "keep": keep, **encoder.score(encoder.with_layers(made))}
-            rows.append(row)
-            show(name, keep, row)
-    spectra = {n: reduced_rank(layer.weight, moments[n]) for n, layer in layers.items()}
-    for keep in KEEPS:
-        name = "whitened SVD, one budget by relative error (naive)"
-        made = allocate(layers, spectra, keep, {n: float(spectra[n].errors[0]) for n in layers}, fix_bias=False)
-        row = {"method": name, "keep": keep, **encoder.score(encoder.with_layers(made))}
-        rows.append(row)
-        show(name, keep, row)
-    for keep in KEEPS:
-        name = "two Grams, one budget, low rank only (skeleton)"
-        plan = make_plan(layers, [], keep=keep, structures="skeleton")
+
+    def add(name: str, keep: float, plan: Plan) -> None:
         row = {"method": name, "keep": keep, **encoder.score(built(encoder, plan, layers)), "used": plan.used}
         rows.append(row)
         show(name, keep, row)
+
+    for name, recipe in BASELINES.items():
+        for keep in KEEPS:
+            add(name, keep, plan_recipe(resolve_recipe(recipe), layers, [], keep=keep))
+    naive = {"structures": "low_rank", "weighting": "input", "allocation": "exact"}
+    for keep in KEEPS:
+        add("whitened SVD, one budget by relative error (naive)", keep, make_plan(layers, [], keep=keep, **naive))
+    for keep in KEEPS:
+        plan = make_plan(layers, [], keep=keep, structures="skeleton")
+        add("two Grams, one budget, low rank only (skeleton)", keep, plan)
     write("encoder_baselines", rows)
-
-
-def pair(best: Any, rank: int) -> Operator:
-    """A factor pair in float32."""
-    return BlockLowRank.low_rank(best.left[:, :rank].float(), best.right[:rank].float())
-
-
-def allocate(
-    layers: dict[str, Layer], spectra: dict[str, Any], keep: float, totals: dict[str, float], *, fix_bias: bool
-) -> dict[str, tuple[Operator, Tensor | None]]:
-    """One budget over all layers by each layer's error divided by `totals`, dense allowed."""
-    groups, ranks = [], []
-    for name, layer in layers.items():
-        out, in_ = layer.shape
-        sizes = [r for r in range(1, min(out, in_)) if r * (out + in_) < out * in_]
-        options = [Option(r * (out + in_), float(spectra[name].errors[r]) / totals[name]) for r in sizes]
-        groups.append([[[*options, Option(out * in_, 0.0)]]])
-        ranks.append(sizes)
-    total = sum(layer.weight.numel() for layer in layers.values())
-    solution = solve(groups, int(keep * total))
-    made: dict[str, tuple[Operator, Tensor | None]] = {}
-    for (name, layer), choice, sizes in zip(layers.items(), solution.choices, ranks, strict=True):
-        if choice.options[0] < len(sizes):
-            op = pair(spectra[name], sizes[choice.options[0]])
-            made[name] = (op, layer.corrected_bias(op.dense()) if fix_bias else layer.bias)
-    return made
 
 
 def built(encoder: Encoder, plan: Plan, layers: dict[str, Layer]) -> torch.nn.Module:
@@ -183,7 +151,7 @@ def modules(encoder: Encoder, grams: Grams) -> None:
             chosen = {n: layer for n, layer in chosen.items() if "attention" not in n}
         for keep in keeps:
             # Indices and dropped dimensions count a little: just enough more room for the reference's own sizes.
-            plan = make_plan(chosen, grams.joints, keep=keep * 1.01, structures=kind, uniform=True)
+            plan = make_plan(chosen, grams.joints, keep=keep * 1.01, structures=kind, allocation="uniform")
             row = {"method": name, "keep": round(keep, 4), **encoder.score(built(encoder, plan, chosen))}
             rows.append(row)
             show(name, round(keep, 2), row)
@@ -191,11 +159,11 @@ def modules(encoder: Encoder, grams: Grams) -> None:
 
 
 HEALING = {
-    0.7: Healing(steps=880),
-    0.5: Healing(steps=900),
-    0.3: Healing(steps=900, rate=2e-4),
+    0.7: Healing(steps=640),
+    0.5: Healing(steps=800),
+    0.3: Healing(steps=500, rate=2e-4),
 }
-"""Eleven to thirteen minutes each on a busy machine. The more was taken away, the further the factors go: a higher rate."""
+"""At most ten minutes each on two cores. The more was taken away, the further the factors go: a higher rate."""
 
 
 def healed(encoder: Encoder, grams: Grams) -> None:

@@ -1,4 +1,5 @@
-"""Write docs/structures.md from the registered structures and docs/claims.md from the results of the claims.
+"""Write docs/structures.md from the registered structures, docs/recipes.md from the table of recipes and docs/claims.md from
+the results of the claims.
 
 python docs/generate.py
 """
@@ -10,13 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gramian.compression import ALLOCATIONS, RECIPES, WEIGHTINGS
 from gramian.ops import structures
 
 HERE = Path(__file__).parent
 MADE = "<!-- made by docs/generate.py; edit that, or the docstrings -->\n"
 
 
-def first_sentence(cls: type[Any]) -> str:
+def first_sentence(cls: Any) -> str:
     """Of the docstring, on one line."""
     text = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
     return text.replace("|", "\\|")
@@ -36,6 +38,45 @@ def catalogue() -> str:
             sizes = cls.sizes((256, 256), 0.5) if cls.fittable else []
             example = f"yes, e.g. `{json.dumps(sizes[0])}`" if sizes else "yes" if cls.fittable else ""
             lines.append(f"| `{kind}` | `{cls.__name__}` | {first_sentence(cls)} | {example} |")
+    return "\n".join(lines) + "\n"
+
+
+def recipes() -> str:
+    """One section for every recipe, after tables of what they choose from."""
+    lines = [
+        MADE,
+        "# Recipes of compression",
+        "",
+        "Each is a few choices over one core: `gramian compress MODEL --recipe NAME`, or",
+        '`gramian.compress(model, data, recipe="NAME")`. `auto` is the default.',
+        "",
+        "| recipe | structures | weighting | allocation | costs |",
+        "|---|---|---|---|---|",
+    ]
+    for r in RECIPES.values():
+        allocation = r.allocation or "exact (uniform without gradients)"
+        cells = [f"[`{r.name}`](#{r.name})", f"`{r.structures}`", f"`{r.weighting}`", allocation, ", ".join(r.costs)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "An error D of a weight costs `tr(G_out D G_in D^T)`. The weightings:",
+        "",
+        "| weighting | Grams | bias |",
+    ]
+    lines += ["|---|---|---|"]
+    lines += [f"| `{name}` | `{w.formula}` | {w.bias} |" for name, w in WEIGHTINGS.items()]
+    lines += ["", "The ways to divide a budget:", "", "| allocation | what it does |", "|---|---|"]
+    lines += [f"| `{name}` | {first_sentence(rule)} |" for name, rule in ALLOCATIONS.items()]
+    for r in RECIPES.values():
+        facts = {
+            "Paper": r.paper,
+            "Formula": f"`{r.formula}`",
+            "Solver": r.solver,
+            "Calibration collects": r.needs,
+            "Training changes": r.healing,
+            "Departs from the paper": r.departs or "no",
+        }
+        lines += ["", f"## {r.name}", "", *(f"- {key}: {value}" for key, value in facts.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -69,4 +110,5 @@ def flat(value: Any) -> str:
 
 if __name__ == "__main__":
     (HERE / "structures.md").write_text(catalogue(), encoding="utf-8")
+    (HERE / "recipes.md").write_text(recipes(), encoding="utf-8")
     (HERE / "claims.md").write_text(claims(), encoding="utf-8")

@@ -315,7 +315,8 @@ def test_help_answers_without_the_heavy_libraries(command: list[str]) -> None:
     words = {"--version": "0."}.get(command[0], "Usage: gramian")
     assert words in done.stdout
     if command == ["compress", "--help"]:
-        options = "keep cost data structures objective heal rate include exclude plan seed out dry-run json"
+        options = "keep cost data structures recipe objective heal rate include exclude plan seed out dry-run json"
+        options += " offload max-memory"
         assert all(f"--{option}" in done.stdout for option in options.split())
 
 
@@ -558,6 +559,9 @@ def test_data_that_is_no_text(
         (["--heal", "5", "--rate", "0"], ["--rate 0"]),
         (["--rate", "nan"], ["--rate nan"]),
         (["--seed", "-1"], ["--seed -1"]),
+        (["--recipe", "svdllm"], ["unknown recipe 'svdllm'", "svd-llm"]),
+        (["--recipe", "higgs", "--cost", "params"], ["higgs", "bytes"]),
+        (["--max-memory", "much"], ["--max-memory 'much'", "8GB"]),
         (["--seed", "99999999999999999999"], ["--seed 99999999999999999999"]),
     ],
 )

@@ -141,7 +141,7 @@ def test_plan_meets_the_budget_and_beats_uniform(encoder: nn.Module, grams: Gram
     total = sum(layer.weight.numel() for layer in layers.values())
     for keep in (0.7, 0.4, 0.2):
         best = make_plan(layers, grams.joints, keep=keep)
-        even = make_plan(layers, grams.joints, keep=keep, uniform=True)
+        even = make_plan(layers, grams.joints, keep=keep, allocation="uniform")
         assert best.used <= keep * total
         assert best.predicted <= even.predicted * (1 + 1e-9)
         exact = sum(count(build_entry(entry, layers)).params for entry in best.entries)

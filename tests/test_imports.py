@@ -121,11 +121,13 @@ FLOORS = {
     "fitting": 1,
     "nn": 2,
     "compression": 3,
+    "sequence": 3,
     "spectra": 3,
     "models": 4,
-    "report": 5,
-    "cli": 5,
-    "testing": 5,
+    "adapt": 5,
+    "report": 6,
+    "cli": 6,
+    "testing": 6,
 }
 SIDEWAYS = {("ops", "linalg"), ("cli", "report")}
 """Packages on one floor do not import each other, but for these: operators use the dense functions, the command line

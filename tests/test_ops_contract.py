@@ -26,11 +26,14 @@ from gramian.ops import (
     Fourier,
     Hadamard,
     Householder,
+    HypercomplexBottleneck,
     Identity,
     Kron,
     KroneckerSum,
     LowDisplacement,
+    LowRankQuantized,
     LowRankSparse,
+    MaskedLowRank,
     Operator,
     Orthogonal,
     Permutation,
@@ -43,6 +46,7 @@ from gramian.ops import (
     Skeleton,
     Sparse,
     Sum,
+    SymmetricLowRank,
     Toeplitz,
     Transpose,
     butterfly,
@@ -120,6 +124,7 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "sparse by columns": lambda: Sparse.init((7, 11), nonzeros=20, generator=_seeded()).T,
     "sparse with empty rows": lambda: Sparse.from_dense(torch.tensor([[0.0, 0, 0], [1, 0, 2], [0, 0, 0]])),
     "sparse without entries": lambda: Sparse.from_dense(torch.zeros(5, 4)),
+    "low rank and rounded": lambda: LowRankQuantized.init((7, 12), rank=2, bits=3, generator=_seeded()),
     "low rank and sparse": lambda: LowRankSparse.init((7, 11), rank=2, nonzeros=20, generator=_seeded()),
     "semi-structured": lambda: SemiStructured.init((5, 12), kept=2, group=4, generator=_seeded()),
     "semi-structured, padded": lambda: SemiStructured.init((5, 11), kept=3, group=8, generator=_seeded()),
@@ -134,6 +139,14 @@ EXAMPLES: dict[str, Callable[[], Operator]] = {
     "circulant": lambda: ops.Circulant.init((6, 9), generator=_seeded()),
     "low displacement": lambda: LowDisplacement.init((6, 9), rank=2, generator=_seeded()),
     "low displacement, skew on the left": lambda: LowDisplacement.init((8, 6), rank=2, generator=_seeded()),
+    "hypercomplex bottleneck": lambda: HypercomplexBottleneck.random(
+        12, 8, factors=4, rank=2, slow=1.0, generator=_seeded()
+    ),
+    "symmetric low rank, wide": lambda: SymmetricLowRank.random((6, 9), 3, generator=_seeded()),
+    "symmetric low rank, square": lambda: SymmetricLowRank.random((7, 7), 3, generator=_seeded()),
+    "masked low rank": lambda: MaskedLowRank.masked(
+        torch.randn(7, 3, generator=_seeded()), torch.randn(3, 9, generator=_seeded()), generator=_seeded()
+    ),
     "householder": lambda: Householder.init((7, 7), reflectors=3, generator=_seeded()),
     "orthogonal": lambda: Orthogonal.random(6, generator=_seeded()),
     "orthogonal, blocks, exponential": lambda: Orthogonal.random(6, block=3, method="exponential", generator=_seeded()),
@@ -177,7 +190,7 @@ def test_operator(name: str, check: Callable[[Operator], None]) -> None:
 @pytest.mark.parametrize("check", structure_checks, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("cls", [cls for cls in OURS.values() if cls.fittable], ids=lambda cls: cls.kind)
 def test_structure(cls: type[Operator], check: Callable[[type[Operator]], None]) -> None:
-    if cls is Quantized and check is testing.check_members:
+    if cls in (Quantized, LowRankQuantized) and check is testing.check_members:
         pytest.skip("its scales are searched for; see test_quantized_recovers_members_that_use_the_whole_grid")
     if cls in (LowRankSparse, Dictionary) and check is testing.check_members:
         pytest.skip("its support is searched for; see test_ops_sparse_families.py")

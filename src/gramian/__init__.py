@@ -25,6 +25,8 @@ _WHERE = {
     "compress": "gramian.models.api",
     "fit": "gramian.fitting",
     "load_into": "gramian.models.checkpoint",
+    "match": "gramian.models.merging",
+    "merge": "gramian.models.merging",
     "plan": "gramian.models.api",
     "save": "gramian.models.checkpoint",
     "save_huggingface": "gramian.models.huggingface",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from gramian.models.api import collect, compress, plan
     from gramian.models.checkpoint import load_into, save
     from gramian.models.huggingface import save_huggingface
+    from gramian.models.merging import match, merge
     from gramian.models.sentence_encoder import save_sentence_transformer
     from gramian.models.workload import Workload
     from gramian.nn import StructuredEmbedding, StructuredLinear
@@ -78,6 +81,8 @@ __all__ = [
     "compress",
     "fit",
     "load_into",
+    "match",
+    "merge",
     "plan",
     "save",
     "save_huggingface",

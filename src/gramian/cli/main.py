@@ -1,4 +1,4 @@
-"""``gramian``: compress, inspect, bench."""
+"""The ``gramian`` command."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="gramian")
 def cli() -> None:
-    r"""Structured matrices and Gram matrices for machine learning.
+    """Structured matrices and Gram matrices for machine learning.
 
     \b
     gramian compress --keep 0.5 --out small        a real sentence encoder, half the parameters
     gramian compress MODEL --keep 0.3 --heal 300 --data text.txt --out small
+    gramian recipes low rank                       published methods; compress with one by --recipe NAME
     gramian inspect MODEL --out spectra            a page about the weights' spectra
     gramian bench --calibrate                      teach the cost model this machine
-    """
+    """  # noqa: D301
 
 
 @cli.command()
@@ -34,12 +35,12 @@ def cli() -> None:
 @click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the chosen layers' cost to keep.")
 @click.option(
     "--cost",
-    default="params",
-    show_default=True,
-    help="What is counted: params, bytes, flops or latency (after gramian bench --calibrate).",
+    help="What is counted: params, bytes, flops or latency (after gramian bench --calibrate). "
+    "Default: params, or what the recipe is for.",
 )
 @click.option("--data", type=click.Path(), help="UTF-8 text to calibrate on. Default: CPython's own documentation.")
 @click.option("--structures", default="auto", show_default=True, help="What may compete: names with commas between.")
+@click.option("--recipe", default="auto", show_default=True, help="A published way to do it; see gramian recipes.")
 @click.option(
     "--objective",
     default="auto",
@@ -53,6 +54,8 @@ def cli() -> None:
 @click.option("--embeddings", is_flag=True, help="Embeddings of words take part too (often half of a small model).")
 @click.option("--plan", type=click.Path(), help="Carry out this plan.json, perhaps edited by hand.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--offload", is_flag=True, help="Leave the model on disk and work block by block.")
+@click.option("--max-memory", metavar="SIZE", help="The same if the work would take more than this, e.g. 8GB.")
 @click.option("--out", type=click.Path(), required=True, help="Directory for the result; must not exist or be empty.")
 @click.option("--dry-run", is_flag=True, help="Check names, budget, disk and memory, then stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -70,13 +73,17 @@ def compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: st
 def _compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: str | None, options: Any) -> None:
     import json
 
+    from gramian.compression.recipes import resolve_recipe
     from gramian.models.job import Job, Settings, finite
 
+    if options["cost"] is None:
+        options["cost"] = resolve_recipe(options["recipe"]).costs[0]
+    limits = {"offload": options.pop("offload"), "max_memory": _size(options.pop("max_memory"))}
     settings = Settings(
         **{**options, "include": tuple(options["include"]), "exclude": tuple(options["exclude"])},
     )
     if dry_run:
-        facts = Job(model, data, Path(out), settings).check()
+        facts = Job(model, data, Path(out), settings, **limits).check()
         if as_json:
             click.echo(json.dumps(facts))
         else:
@@ -85,7 +92,9 @@ def _compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: s
     from gramian.report.compress_page import render
 
     with _Progress(enabled=not as_json) as progress:
-        report = Job(model, data, Path(out), settings, progress, render).run()
+        report = Job(model, data, Path(out), settings, progress, render, **limits).run()
+    if not report:  # one of several processes: rank 0 tells
+        return
     if as_json:
         click.echo(json.dumps(finite({**report, "out": out}), allow_nan=False))
         return
@@ -96,6 +105,39 @@ def _compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: s
     console = Console()
     summary(report, console)
     console.print(f"model   {out}\nreport  {Path(out) / 'report.html'}")
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes of "8GB", "500 MB" or "1e9"."""
+    if text is None:
+        return None
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.strip().rstrip("BKMGTbkmgt").strip()
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise GramianError(f"--max-memory {text!r}: expected a size, e.g. 8GB or 500MB") from None
+    if not 0 < size < float("inf"):
+        raise GramianError(f"--max-memory {text!r}: expected more than nothing, e.g. 8GB")
+    return int(size)
+
+
+@cli.command()
+@click.argument("words", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list instead of a table.")
+def recipes(words: tuple[str, ...], as_json: bool) -> None:
+    """Search the catalogue of published ways to compress a model: WORDS of a name, a paper, a formula.
+
+    One name alone shows all of it.
+    """
+
+    def work() -> None:
+        from gramian.cli.recipes import run_recipes
+
+        run_recipes(words, json_output=as_json)
+
+    _guard(work, as_json)
 
 
 @cli.command()
@@ -137,8 +179,8 @@ def bench(
     With --calibrate, teach the cost model this machine (20 seconds): layers then run in the form that is fastest, and
     gramian compress --cost latency plans for it.
     """
-    _quiet_threads()
 
+    # Threads wait as they do in the user's own process: that is what is measured.
     def work() -> None:
         from gramian.cli.bench import run_bench, run_calibrate
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gramian.compression.knapsack import Option, Solution, solve
-from gramian.compression.layer import Layer
+from gramian.compression.allocation import Priced, Problem, resolve_allocation
+from gramian.compression.layer import Layer, resolve_weighting
 from gramian.compression.options import (
     COSTS,
     JOINT,
+    KEEPS,
+    SPECIAL,
     Built,
     Candidate,
     Cost,
@@ -29,9 +31,9 @@ from gramian.ops.operator import Size
 
 SCHEMA = 1
 AUTO = {
-    "params": ("skeleton", "neurons", "query_key", "value_output"),
-    "flops": ("skeleton", "neurons", "query_key", "value_output"),
-    "latency": ("skeleton", "neurons", "query_key", "value_output"),
+    "params": ("skeleton", *JOINT),
+    "flops": ("skeleton", *JOINT),
+    "latency": ("skeleton", *JOINT),
     "bytes": ("quantized", "skeleton", "neurons"),
 }
 """What ``structures="auto"`` lets compete, by cost; dense always does. Other structures join when named: each of their sizes is
@@ -46,9 +48,10 @@ class Entry:
         layers: the layers it is about.
         structure: "dense", a structure of ``gramian.ops``, or a joint method.
         size: its size.
-        heads: for attention methods.
         cost: what it costs in the plan's unit (recomputed when the plan is applied).
-        predicted: predicted loss increase.
+        predicted: predicted loss increase; under another weighting than "two-sided", error relative to the layer's output.
+        heads: for attention methods.
+        weighting: which Grams measure an error of a single layer.
     """
 
     layers: list[str]
@@ -57,6 +60,7 @@ class Entry:
     cost: int
     predicted: float
     heads: int = 0
+    weighting: str = "two-sided"
 
 
 @dataclass
@@ -132,14 +136,22 @@ class Plan:
                         int(raw.get("cost", 0)),
                         float(raw.get("predicted", 0.0)),
                         int(raw.get("heads", 0)),
+                        str(raw.get("weighting", "two-sided")),
                     )
                 )
+                resolve_weighting(entries[-1].weighting)
+            except GramianError as error:
+                raise GramianError(f"plan {path}: entry {index}: {error}") from None
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise GramianError(f"plan {path}: entry {index}: {error!r}; expected layers, structure, size") from None
         try:
             return cls(str(data["cost"]), float(data["keep"]), int(data["budget"]), entries, data.get("notes", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise GramianError(f"plan {path}: {error!r}; expected cost, keep and budget") from None
+
+
+ItemKey = tuple[str, ...]
+"""("single", layer) or (joint kind, layer, layer, ...)."""
 
 
 def resolve_structures(names: Sequence[str] | str, cost: str) -> tuple[str, ...]:
@@ -157,10 +169,10 @@ def resolve_structures(names: Sequence[str] | str, cost: str) -> tuple[str, ...]
     for name in names:
         if name == "auto":
             out.extend(AUTO[cost])
-        elif name in fittable or name in JOINT:
+        elif name in fittable or name in JOINT or name in SPECIAL:
             out.append(name)
         else:
-            known = sorted({*fittable, *JOINT, "auto"})
+            known = sorted({*fittable, *JOINT, *SPECIAL, "auto"})
             raise GramianError(f"unknown structure {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return tuple(dict.fromkeys(name for name in out if name != "dense"))
 
@@ -183,8 +195,12 @@ def make_plan(
     keep: float,
     cost: str = "params",
     structures: Sequence[str] | str = "auto",
-    uniform: bool | None = None,
+    weighting: str = "two-sided",
+    allocation: str | None = None,
+    sensitivity: Mapping[str, float] | None = None,
+    fixed: Mapping[str, Any] | None = None,
     threads: int = 2,
+    curves: Mapping[ItemKey, Sequence[Priced]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """The plan of least predicted loss within the budget, over all structures and sizes at once.
@@ -195,9 +211,14 @@ def make_plan(
         keep: share of the layers' present cost.
         cost: "params", "bytes", "flops" or "latency" (predicted run time on this machine).
         structures: names that compete, or "auto".
-        uniform: give every group its own share of the budget instead of one budget for all. By default only when errors
-            of different layers do not compare: without output gradients.
+        weighting: which Grams measure errors of single layers (``gramian.compression.layer.WEIGHTINGS``).
+        allocation: how the budget is divided (``gramian.compression.allocation.ALLOCATIONS``). By default "exact" where
+            errors of different layers compare, else (no output gradients, another weighting) "uniform".
+        sensitivity: by layer name, for the allocations "measured" and "entropic".
+        fixed: entries that every size of a single layer gets, e.g. ``{"feedback": False}``.
         threads: curves computed side by side.
+        curves: ready curves of all items (``plan_items``), computed elsewhere; `layers` then need neither values nor
+            Grams, and `allocation` is to be said.
         progress: called with the number of finished curves.
 
     Raises:
@@ -205,56 +226,40 @@ def make_plan(
     """
     check_keep(keep)
     methods = resolve_structures(structures, cost)
-    if uniform is None:
-        uniform = not all(layer.comparable for layer in layers.values())
+    layers = {name: layer.weighed(weighting) for name, layer in layers.items()}
+    if allocation is None:
+        allocation = "exact" if all(layer.comparable for layer in layers.values()) else "uniform"
+    allocate = resolve_allocation(allocation)
     groups = _groups(layers, joints, methods)
-    total = sum(dense_cost(layer).of(cost) for layer in layers.values())
-    budget = int(keep * total)
     heads = {(joint.kind, *joint.layers): joint.heads for joint in joints}
-    items = dict.fromkeys(item for group in groups for branch in group for item in branch)
-    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        jobs = {item: pool.submit(curve, layers, item, methods, cost, heads.get(item, 0)) for item in items}
-        curves: dict[tuple[str, ...], list[Candidate]] = {}
-        for index, (key, job) in enumerate(jobs.items()):
-            curves[key] = job.result()
-            if progress is not None:
-                progress(index + 1)
-    priced = [
-        [[[Option(c.cost.of(cost), c.error) for c in curves[item]] for item in branch] for branch in group]
-        for group in groups
-    ]
-    if uniform:
-        choices = []
-        for group, options in zip(groups, priced, strict=True):
-            members = {name for item in group[0] for name in item[1:]}
-            share = int(keep * sum(dense_cost(layers[name]).of(cost) for name in members))
-            choices += solve([options], share).choices
-        solution = Solution(choices, 0, 0.0)
-    else:
-        try:
-            solution = solve(priced, budget)
-        except GramianError as error:
-            least = int(str(error).rsplit(" ", 1)[-1])
-            raise GramianError(
-                f"keep {keep:g} is out of reach: the smallest options keep {least / total:.4f} of the {cost}; "
-                "ask for more or allow more structures"
-            ) from None
+    if curves is None:
+        keeps = shares_tried(allocation, keep, cost)
+        made: dict[ItemKey, list[Priced]] = {}
+        with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+            jobs = {
+                item: pool.submit(priced_curve, layers, item, methods, cost, heads.get(item, 0), keeps, fixed)
+                for item in plan_items(layers, joints, methods)
+            }
+            for index, (key, job) in enumerate(jobs.items()):
+                made[key] = job.result()
+                if progress is not None:
+                    progress(index + 1)
+        curves = made
+    names = [list(dict.fromkeys(name for item in group[0] for name in item[1:])) for group in groups]
+    present = [sum(dense_cost(layers[name]).of(cost) for name in members) for members in names]
+    budget = int(keep * sum(present))
+    candidates = [[[curves[item] for item in branch] for branch in group] for group in groups]
+    problem = Problem(candidates, names, layers, cost, keep, budget, present, sensitivity)
     entries: list[Entry] = []
-    for group, choice in zip(groups, solution.choices, strict=True):
+    for group, choice in zip(groups, allocate(problem), strict=True):
         for item, option in zip(group[choice.branch], choice.options, strict=True):
-            candidate = curves[item][option]
-            names = list(item[1:])
-            priced_at = candidate.cost.of(cost)
-            entries.append(
-                Entry(names, candidate.structure, candidate.size, priced_at, candidate.error, heads.get(item, 0))
-            )
+            taken = curves[item][option]
+            under = weighting if item[0] == "single" else "two-sided"
+            found = (taken.structure, taken.size, taken.cost, taken.error, heads.get(item, 0), under)
+            entries.append(Entry(list(item[1:]), *found))
     place = {name: i for i, name in enumerate(layers)}
     entries.sort(key=lambda entry: min(place[name] for name in entry.layers))
     return Plan(cost, keep, budget, entries)
-
-
-ItemKey = tuple[str, ...]
-"""("single", layer) or (joint kind, layer, layer, ...)."""
 
 
 def _groups(layers: Mapping[str, Layer], joints: Sequence[Joint], methods: Sequence[str]) -> list[list[list[ItemKey]]]:
@@ -270,22 +275,59 @@ def _groups(layers: Mapping[str, Layer], joints: Sequence[Joint], methods: Seque
     return groups
 
 
+def shares_tried(allocation: str, keep: float, cost: str) -> Sequence[float]:
+    """Shares of a layer's numbers at which structures that take a fit each are tried: with one share for all layers, only
+    near it.
+    """
+    near = tuple(keep * f for f in (1.0, 0.9, 0.75, 0.5))
+    return KEEPS if allocation != "uniform" else near[:1] if cost == "params" else near
+
+
+def plan_items(layers: Mapping[str, Layer], joints: Sequence[Joint], methods: Sequence[str]) -> list[ItemKey]:
+    """Everything that a plan needs a curve of: each layer alone, and the joints whose kind is among `methods`."""
+    return list(
+        dict.fromkeys(item for group in _groups(layers, joints, methods) for branch in group for item in branch)
+    )
+
+
+def priced_curve(
+    layers: Mapping[str, Layer],
+    item: ItemKey,
+    methods: Sequence[str],
+    cost: str,
+    heads: int = 0,
+    keeps: Sequence[float] = KEEPS,
+    fixed: Mapping[str, Any] | None = None,
+) -> list[Priced]:
+    """``curve`` with every candidate's cost in one unit."""
+    found = curve(layers, item, methods, cost, heads, keeps, fixed)
+    return [Priced(c.structure, c.size, c.cost.of(cost), c.error) for c in found]
+
+
 def curve(
-    layers: Mapping[str, Layer], item: ItemKey, methods: Sequence[str], cost: str, heads: int = 0
+    layers: Mapping[str, Layer],
+    item: ItemKey,
+    methods: Sequence[str],
+    cost: str,
+    heads: int = 0,
+    keeps: Sequence[float] = KEEPS,
+    fixed: Mapping[str, Any] | None = None,
 ) -> list[Candidate]:
     """All candidates of one item, "as it is" included for single layers."""
     kind, *names = item
     if kind != "single":
-        candidates: list[Candidate] = JOINT[kind]([layers[name] for name in names], heads).curve(cost)
+        joint = [layers[name].weighed("two-sided") for name in names]
+        candidates: list[Candidate] = JOINT[kind](joint, heads).curve(cost)
         return candidates
     layer = layers[names[0]]
     if layer.embedding:
-        return embedding_curve(layer, methods, cost)
-    out = [Candidate("dense", {}, dense_cost(layer), 0.0)]
-    for method in methods:
-        if method not in JOINT:
-            out += single_curve(layer, method, cost)
-    return out
+        out = embedding_curve(layer, methods, cost)
+    else:
+        out = [Candidate("dense", {}, dense_cost(layer), 0.0)]
+        for method in methods:
+            if method not in JOINT:
+                out += single_curve(layer, method, cost, keeps, fixed)
+    return [replace(c, size={**c.size, **(fixed or {})}) if c.structure != "dense" else c for c in out]
 
 
 def build_entry(entry: Entry, layers: Mapping[str, Layer]) -> Built:
@@ -298,12 +340,13 @@ def build_entry(entry: Entry, layers: Mapping[str, Layer]) -> Built:
         if name not in layers:
             raise GramianError(f"plan: no layer {name!r}{nearest(name, layers)}")
     if entry.structure in JOINT:
-        method = JOINT[entry.structure]([layers[name] for name in entry.layers], entry.heads)
+        members = [layers[name].weighed("two-sided") for name in entry.layers]
+        method = JOINT[entry.structure](members, entry.heads)
         built: Built = method.build(entry.size)
         return built
     if len(entry.layers) != 1:
         raise GramianError(f"plan: structure {entry.structure!r} is for one layer, found {entry.layers}")
-    return build_single(layers[entry.layers[0]], entry.structure, entry.size)
+    return build_single(layers[entry.layers[0]].weighed(entry.weighting), entry.structure, entry.size)
 
 
 def count(built: Built) -> Cost:

@@ -15,7 +15,17 @@ from gramian.linalg import weighted_error
 from gramian.ops import Operator, structure
 
 CLOSED_FORM = frozenset(
-    {"dense", "skeleton", "diagonal", "quantized", "toeplitz", "circulant", "householder", "orthogonal", "low_rank_quantized"}
+    {
+        "dense",
+        "skeleton",
+        "diagonal",
+        "quantized",
+        "toeplitz",
+        "circulant",
+        "householder",
+        "orthogonal",
+        "low_rank_quantized",
+    }
 )
 """Structures whose own ``fit`` is already the optimum (or not multilinear): nothing to polish."""
 
@@ -74,7 +84,9 @@ def fit(
     if not bool(weight.isfinite().all()):
         raise GramianError("weight: NaN or Inf")
     if weight.is_complex():
-        raise GramianError(f"weight: {weight.dtype}; expected real numbers, e.g. weight.real and weight.imag one by one")
+        raise GramianError(
+            f"weight: {weight.dtype}; expected real numbers, e.g. weight.real and weight.imag one by one"
+        )
     cls = structure(kind)
     op = cls.fit(weight, gram_in=gram_in, gram_out=gram_out, **size)
     error = _error(weight, op, gram_in, gram_out)

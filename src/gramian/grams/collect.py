@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -106,10 +107,11 @@ class Joint:
     """Layers that can be compressed together.
 
     Attributes:
-        kind: "neurons" (layers[:-1] write the neurons that layers[-1] reads, coordinate by coordinate), "query_key" or
-            "value_output" (layers (query, key) or (value, output) of one attention).
+        kind: "neurons" (layers[:-1] write the neurons that layers[-1] reads, coordinate by coordinate); "query_key",
+            "rotary_halves" or "rotary_neighbours" (layers (query, key) of one attention); "value_output" (layers (value,
+            output)).
         layers: names.
-        heads: attention heads; 0 for neurons.
+        heads: query heads; 0 for neurons. Shapes tell how many key and value heads they share.
     """
 
     kind: str
@@ -221,6 +223,7 @@ def collect_layers(
     objective: Objective | None = None,
     mask: Callable[[Batch], Tensor | None] = lambda batch: None,
     seed: int = 0,
+    places: Iterable[int] | None = None,
     centres: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Grams:
@@ -236,7 +239,8 @@ def collect_layers(
         run: forward pass, used when there is no objective.
         objective: see ``Objective``; None collects inputs only, without a backward pass.
         mask: (batch, tokens) of a batch, non-zero at real tokens; None for no padding.
-        seed: of the objective's random probes.
+        seed: of the objective's random probes, which depend on it and on a batch's place alone.
+        places: of these batches among all, where they are a share of more; 0, 1, ... by default.
         centres: means to centre the gradients' inputs by; by default those of the first batch.
         progress: called with the number of sequences after each batch.
 
@@ -244,7 +248,7 @@ def collect_layers(
         GramianError: no data; NaN or Inf in a layer's input or gradient (the layer is named); a layer that never ran.
     """
     grams = Grams()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
     state = _Pass(layers, grams, objective is not None, dict(centres or {}))
     tables = {name: module for name, module in layers.items() if isinstance(module, nn.Embedding)}
     linears = {name: module for name, module in layers.items() if name not in tables}
@@ -257,7 +261,8 @@ def collect_layers(
     seen = 0
     try:
         with _frozen(model) if objective is not None else torch.no_grad():
-            for batch in batches:
+            for place, batch in zip(itertools.count() if places is None else places, batches, strict=False):
+                generator.manual_seed(seed * 104729 + place)
                 state.mask = mask(batch)
                 state.previous = None
                 if objective is None:

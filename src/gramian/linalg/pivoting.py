@@ -33,7 +33,9 @@ def pivoted_rows(matrix: Tensor, count: int) -> Tensor:
     return chosen.nonzero().squeeze(1)
 
 
-def pivoted_nystrom(gram: Tensor, reader: Tensor, *, block: int = 64, jitter: float = 1e-7) -> tuple[Tensor, Tensor]:
+def pivoted_nystrom(
+    gram: Tensor, reader: Tensor, *, count: int | None = None, block: int = 64, jitter: float = 1e-7
+) -> tuple[Tensor, Tensor]:
     """Order coordinates so that keeping the first k of them loses least of what a linear reader makes of them.
 
     Keeping the set J and predicting the rest linearly from it leaves the error ``tr(Y S_J Y^T)``, Y the reader and S_J the
@@ -47,11 +49,12 @@ def pivoted_nystrom(gram: Tensor, reader: Tensor, *, block: int = 64, jitter: fl
     Args:
         gram: (n, n) positive semi-definite second moment of the coordinates.
         reader: (m, n).
+        count: how many coordinates to order, from the best on; all by default.
         block: pivots per blocked update.
         jitter: added to the diagonal, relative to its mean, so that exhausted directions stay finite.
 
     Returns:
-        order (n,) int64 and error (n + 1,) float64: ``error[k]`` is what is lost when the first k are kept.
+        order (count,) int64 and error (count + 1,) float64: ``error[k]`` is what is lost when the first k are kept.
     """
     n = gram.shape[0]
     gram, reader = gram.to(torch.float64), reader.to(torch.float64)
@@ -62,8 +65,9 @@ def pivoted_nystrom(gram: Tensor, reader: Tensor, *, block: int = 64, jitter: fl
     floor = (residual.diagonal().mean() * jitter * 1e-3).clamp_min(torch.finfo(torch.float32).tiny)
     order: list[int] = []
     gains: list[float] = []
-    for done in range(0, n, block):
-        size = min(block, n - done)
+    most = n if count is None else count
+    for done in range(0, most, block):
+        size = min(block, most - done)
         diagonal = residual.diagonal().clone()
         energy = read.square().sum(0)  # ||Y S e_j||^2
         columns = torch.zeros(size, n)  # scaled pivot columns of S, one a row

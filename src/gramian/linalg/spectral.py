@@ -15,7 +15,7 @@ RCOND = 1e-12
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
+    return (matrix + matrix.mH) / 2
 
 
 def eigenvectors(matrix: Tensor) -> Tensor:
@@ -26,11 +26,20 @@ def eigenvectors(matrix: Tensor) -> Tensor:
     return vectors.real
 
 
+def eig(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., n) and eigenvectors (..., n, n), in columns of length one, of a general square matrix; complex.
+
+    Differentiable where the eigenvalues are distinct, for functions that do not depend on the phases of the vectors.
+    """
+    values, vectors = torch.linalg.eig(matrix)
+    return values, vectors
+
+
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending) and eigenvectors of a symmetric matrix.
+    """Eigenvalues (descending) and eigenvectors of a symmetric, or Hermitian, matrix.
 
     Args:
-        matrix: (..., n, n); only its symmetric part is used.
+        matrix: (..., n, n); only its symmetric, or Hermitian, part is used.
 
     Returns:
         values (..., n), largest first, and vectors (..., n, n) in the matching columns.
@@ -40,7 +49,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigvalsh(matrix: Tensor) -> Tensor:
-    """Eigenvalues (..., n) of a symmetric matrix (..., n, n), largest first."""
+    """Eigenvalues (..., n) of a symmetric, or Hermitian, matrix (..., n, n), largest first."""
     values: Tensor = torch.linalg.eigvalsh(_symmetric(matrix))
     return values.flip(-1)
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gramian.compression import Built, Entry, Layer, Plan, build_entry, make_plan
+from gramian.compression import (
+    Built,
+    Entry,
+    Layer,
+    Plan,
+    Recipe,
+    build_entry,
+    make_plan,
+    plan_recipe,
+    resolve_recipe,
+)
 from gramian.errors import GramianError
-from gramian.grams import Grams, LayerGrams, collect_layers
+from gramian.grams import Grams, Joint, LayerGrams, collect_layers
 from gramian.models.groups import find_groups
 from gramian.models.heal import Healing, heal
 from gramian.models.swap import replace_embedding, replace_linear
@@ -64,6 +75,7 @@ def collect(
     exclude: Sequence[str] = (),
     embeddings: bool = False,
     seed: int = 0,
+    places: Sequence[int] | None = None,
     centres: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Grams:
@@ -80,6 +92,7 @@ def collect(
         embeddings: also embeddings of many rows (words; not positions) that no other layer shares; a plan made from the
             result then chooses a structure for them too.
         seed: of the random probes.
+        places: of these batches among all, where `data` is a share; 0, 1, ... by default.
         centres: ``Grams.centres()`` of another shard, for an exact ``merge``.
         progress: called with ("collect", sequences done, sequences in all).
 
@@ -99,6 +112,7 @@ def collect(
         objective=work.objective(objective),
         mask=work.mask,
         seed=seed,
+        places=places,
         centres=centres,
         progress=None if progress is None else lambda _: progress("collect", next(done), sum(sizes)),
     )
@@ -211,8 +225,9 @@ def compress(
     model: Module,
     data: Any = None,
     *,
+    recipe: str = "auto",
     keep: float = 0.5,
-    cost: str = "params",
+    cost: str | None = None,
     structures: Sequence[str] | str = "auto",
     objective: str = "auto",
     heal_steps: int = 0,
@@ -229,12 +244,15 @@ def compress(
 
     Args:
         model: any module; left as it was.
-        data: calibration texts, batches or a Workload; may be left out when `grams` is given and nothing is healed.
+        data: calibration texts, batches or a Workload; may be left out when `grams` is given and nothing is healed, or by a
+            recipe that needs none.
+        recipe: a published way to do it, by name (``gramian recipes`` lists them), or "auto": everything that the cost
+            allows competes. Not used when `plan` is given.
         keep: see ``plan``; not used when `plan` is given.
-        cost: likewise.
-        structures: likewise.
+        cost: likewise; by default "params", or what the recipe lowers.
+        structures: see ``plan``; only for recipe "auto".
         objective: see ``collect``; not used when `grams` is given.
-        heal_steps: steps of distillation against `model` after fitting.
+        heal_steps: steps of distillation against `model` after fitting (of a recipe's own training, where it has one).
         plan: a ready plan, perhaps edited by hand.
         grams: ready Grams of `model`.
         tokenizer: for texts.
@@ -248,27 +266,48 @@ def compress(
         The compressed copy; save it with ``gramian.save`` or, for a Hugging Face model, ``gramian.save_huggingface``.
 
     Raises:
-        GramianError: bad input; see the stages.
+        GramianError: bad input; what the recipe cannot do; see the stages.
     """
     if isinstance(data, Plan):  # gramian.compress(model, plan, grams=grams)
         data, plan = None, data
-    if grams is None:
-        if data is None:
-            raise GramianError("compress needs calibration data, or the Grams of an earlier collect (grams=...)")
-        data = as_workload(model, data, tokenizer)
+    chosen = resolve_recipe(recipe)
+    if plan is None:
+        cost = chosen.check(cost, structures)
+        objective = chosen.objective(objective)
+    work = None if data is None else as_workload(model, data, tokenizer)
+    if chosen.run and plan is None:
+        made: Module = called(chosen.run)(
+            model, needed(work), keep=keep, cost=cost, heal_steps=heal_steps, seed=seed, progress=progress
+        )
+        return made
+    only = chosen.layers if plan is None else "linear"
+    joints: Sequence[Joint] = []
+    if grams is not None:
+        layers, joints = planning_layers(model, grams), grams.joints
+    elif chosen.needs == "nothing" and plan is None:
+        found = find_layers(model, include=include, exclude=exclude)
+        check_finite(found.layers)
+        layers = {name: as_layer(name, module) for name, module in found.layers.items()}
+    else:
+        if only == "embeddings":
+            include = list(find_layers(model, include=include, exclude=exclude, embeddings=True).embeddings)
+            if not include:
+                raise GramianError(f"recipe {recipe} is for embeddings of words; this model has none to factor")
         grams = collect(
             model,
-            data,
+            needed(work),
             objective=objective,
             include=include,
             exclude=exclude,
-            embeddings=embeddings,
+            embeddings=embeddings or only == "embeddings",
             seed=seed,
             progress=progress,
         )
-    layers = planning_layers(model, grams)
+        layers, joints = planning_layers(model, grams), grams.joints
     if plan is None:
-        plan = make_plan(layers, grams.joints, keep=keep, cost=cost, structures=structures)
+        noise = sensitivities(chosen, model, work, layers, seed=seed, progress=progress)
+        plan = plan_recipe(chosen, layers, joints, keep=keep, cost=cost, structures=structures, sensitivity=noise)
+        heal_steps = heal_steps or chosen.steps
     small = copy.deepcopy(model)
     changed: list[str] = []
     for index, entry, built in build_all(plan, layers):
@@ -278,17 +317,75 @@ def compress(
         if progress is not None:
             progress("fit", index + 1, len(plan.entries))
     if heal_steps and changed:
-        if data is None:
+        if work is None:
             raise GramianError("healing needs calibration data")
-        heal(
-            small,
-            model,
-            changed,
-            as_workload(model, data, tokenizer),
-            Healing(steps=heal_steps, seed=seed),
-            progress=None if progress is None else lambda step, _: progress("heal", step + 1, heal_steps),
-        )
+        train(chosen, small, model, changed, work, Healing(steps=heal_steps, seed=seed), progress=progress)
     return small
+
+
+def needed(work: Workload | None) -> Workload:
+    """The workload, which must be there.
+
+    Raises:
+        GramianError: it is not.
+    """
+    if work is None:
+        raise GramianError("compress needs calibration data, or the Grams of an earlier collect (grams=...)")
+    return work
+
+
+def called(path: str) -> Callable[..., Any]:
+    """The function "module:name" of a recipe."""
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def sensitivities(
+    recipe: Recipe,
+    model: nn.Module,
+    work: Workload | None,
+    layers: Mapping[str, Layer],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float] | None:
+    """What noise in each layer does to the model, for a recipe that divides the budget by it; else None.
+
+    Raises:
+        GramianError: it does, and there is no data.
+    """
+    if recipe.allocation not in ("measured", "entropic"):
+        return None
+    from gramian.models.depth import block_influence
+    from gramian.models.sensitivity import measure
+
+    if work is None:
+        raise GramianError(f"recipe {recipe.name} measures the layers' sensitivities and needs calibration data")
+    if recipe.allocation == "entropic":
+        return block_influence(model, work, list(layers))
+    tell = None if progress is None else lambda done: progress("measure", done, len(layers))
+    return measure(model, work, list(layers), seed=seed, progress=tell)
+
+
+def train(
+    recipe: Recipe,
+    small: nn.Module,
+    model: nn.Module,
+    names: Sequence[str],
+    work: Workload,
+    settings: Healing,
+    *,
+    progress: Progress | None = None,
+) -> list[tuple[int, float]]:
+    """What follows the fit: the recipe's own training, or healing. Changes `small` in place; (step, loss) of every step."""
+    tell = None if progress is None else lambda step, _: progress("heal", step + 1, settings.steps)
+    if not recipe.train:
+        return heal(small, model, names, work, settings, progress=tell)
+    losses: list[tuple[int, float]] = called(recipe.train)(
+        small, model, names, work, steps=settings.steps, seed=settings.seed, progress=tell
+    )
+    return losses
 
 
 __all__ = ["as_workload", "collect", "compress", "plan"]

@@ -53,18 +53,19 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         for folder, _, files in os.walk(partial):
             for name in [*files, "."]:
-                _flush(Path(folder, name))
+                flush(Path(folder, name))
         if final.exists():
             final.rmdir()  # empty; renaming on to it works on POSIX only
         os.rename(partial, final)
-        _flush(final.parent)
+        flush(final.parent)
     except (OSError, SafetensorError) as error:
         raise GramianError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a directory
     handle = os.open(path, os.O_RDONLY)

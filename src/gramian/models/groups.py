@@ -2,12 +2,15 @@
 
 A proposal (these layers feed that one; these are the heads) comes from the order in which layers ran and their sizes. It is
 kept only if the model's own output proves it: for neurons, slicing them out equals zeroing what reads them; for attention
-heads, rotating what a head writes and what reads it changes nothing. Any module qualifies, no architecture is listed.
+heads, rotating what a head writes and what reads it changes nothing; where rotary embedding forbids that, leaving pairs of
+coordinates out of the queries equals leaving them out of the keys. Fewer key and value heads than query heads are found by
+their widths. Any module qualifies, no architecture is listed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -121,32 +124,44 @@ def _attention(
 ) -> list[Joint]:
     found: list[Joint] = []
     for first in order:
-        # Three layers of one shape that read one input, called in a row: query, key and value in some order.
+        # Three layers that read one input, called in a row: query, key and value in some order.
         trio = [n for n in order if sites.get(n) == sites.get(first) and n not in used]
-        if len(trio) != 3 or trio[0] != first:
-            continue
-        shape = weight_of(layers[first]).shape
-        if any(weight_of(layers[n]).shape != shape for n in trio):
-            continue
         heads = _heads(model, first)
-        after = order[max(order.index(n) for n in trio) + 1 :][:1]
-        if heads < 1 or shape[0] % heads:
+        if len(trio) != 3 or trio[0] != first or heads < 1:
             continue
-        pairs = [(a, b) for i, a in enumerate(trio) for b in trio[i + 1 :]]
-        query_key = next(
-            (p for p in pairs if _rotates(model, layers, p, heads, forward, reference, out=True)),
+        after = order[max(order.index(n) for n in trio) + 1 :][:1]
+        scores = next(
+            (
+                Joint(kind, pair, heads)
+                for kind, changed in SCORES.items()
+                for pair in itertools.permutations(trio, 2)
+                if _fits(layers, pair[0], pair[1], heads) and changed(model, layers, pair, heads, forward, reference)
+            ),
             None,
         )
-        if query_key:
-            found.append(Joint("query_key", query_key, heads))
-        candidates = [n for n in trio if not query_key or n not in query_key]
-        reads = bool(after) and weight_of(layers[after[0]]).shape[1] == shape[0] and after[0] not in used
-        for value in candidates if reads else ():
-            if _rotates(model, layers, (value, after[0]), heads, forward, reference, out=False):
-                found.append(Joint("value_output", (value, after[0]), heads))
+        if scores:
+            found.append(scores)
+        reads = after if after and after[0] not in used else []
+        for value in [n for n in trio if scores is None or n not in scores.layers]:
+            fits = bool(reads) and _fits(layers, reads[0], value, heads, reads=True)
+            if fits and _rotates_value(model, layers, (value, reads[0]), heads, forward, reference):
+                found.append(Joint("value_output", (value, reads[0]), heads))
                 break
         used.update(n for joint in found for n in joint.layers)
     return found
+
+
+def _fits(layers: Mapping[str, nn.Module], wide: str, narrow: str, heads: int, *, reads: bool = False) -> bool:
+    """Whether `narrow` writes whole heads, of which every one serves equally many of the `heads` heads that `wide` writes
+    (or `reads`).
+    """
+    size, rows = weight_of(layers[wide]).shape[1 if reads else 0], weight_of(layers[narrow]).shape[0]
+    return (
+        size % heads == 0
+        and rows % (size // heads) == 0
+        and heads % max(rows // (size // heads), 1) == 0
+        and rows <= size
+    )
 
 
 def _heads(model: nn.Module, name: str) -> int:
@@ -162,35 +177,99 @@ def _heads(model: nn.Module, name: str) -> int:
     return 0
 
 
-def _rotates(
+Change = Callable[
+    [nn.Module, Mapping[str, nn.Module], tuple[str, str], int, Callable[[], Tensor], Tensor],
+    bool,
+]
+
+
+def _rotates_scores(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     pair: tuple[str, str],
     heads: int,
     forward: Callable[[], Tensor],
     reference: Tensor,
-    *,
-    out: bool,
 ) -> bool:
-    """Whether one orthogonal matrix a head, applied to what both layers write (`out`) or to what the first writes and the
-    second reads, leaves the model's output as it was.
-    """
-    first, second = (weight_of(layers[n]) for n in pair)
-    width = first.shape[0] // heads
+    """Whether one orthogonal matrix a key head, applied to its queries and keys, leaves the model's output as it was."""
+    query, key = (layers[n] for n in pair)
+    turns, turned = _turns(weight_of(query).shape[0] // heads, weight_of(key), heads)
+    changed = {pair[0]: _turned(query, turned), pair[1]: _turned(key, turns)}
+    return _undone(model, changed, pair[0], forward, reference)
+
+
+def _rotates_value(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    pair: tuple[str, str],
+    heads: int,
+    forward: Callable[[], Tensor],
+    reference: Tensor,
+) -> bool:
+    """The same for what a value head writes and what the output layer reads of it."""
+    value, output = (layers[n] for n in pair)
+    turns, turned = _turns(weight_of(output).shape[1] // heads, weight_of(value), heads)
+    changed = {pair[0]: _turned(value, turns), pair[1]: _linear(weight_of(output) @ turned.mT, bias_of(output))}
+    return _undone(model, changed, pair[0], forward, reference)
+
+
+def _turns(width: int, narrow: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """A random rotation of each key or value head, and of the query heads that share it."""
     generator = torch.Generator().manual_seed(0)
-    turns = polar(torch.randn(heads, width, width, generator=generator)).to(first)
-    turn = torch.block_diag(*turns)  # type: ignore[no-untyped-call]
-    bias = bias_of(layers[pair[0]])
-    changed = {pair[0]: _linear(turn @ first, None if bias is None else turn @ bias)}
-    bias = bias_of(layers[pair[1]])
-    if out:
-        changed[pair[1]] = _linear(turn @ second, None if bias is None else turn @ bias)
-    else:
-        changed[pair[1]] = _linear(second @ turn.mT, bias)
-    with _swapped(model, {pair[0]: changed[pair[0]]}):
+    groups = len(narrow) // width
+    turns = polar(torch.randn(groups, width, width, generator=generator)).to(narrow)
+    repeated = turns.repeat_interleave(heads // groups, 0)
+    return torch.block_diag(*turns), torch.block_diag(*repeated)  # type: ignore[no-untyped-call]
+
+
+def _turned(layer: nn.Module, turn: Tensor) -> nn.Linear:
+    bias = bias_of(layer)
+    return _linear(turn @ weight_of(layer), None if bias is None else turn @ bias)
+
+
+def _undone(
+    model: nn.Module, changed: Mapping[str, nn.Module], first: str, forward: Callable[[], Tensor], reference: Tensor
+) -> bool:
+    """Whether all changes together leave the output as it was, while the first alone does not."""
+    with _swapped(model, {first: changed[first]}):
         alone = forward()
     with _swapped(model, changed):
         return _same(forward(), reference, alone)
+
+
+def _leaves_out(neighbours: bool) -> Change:
+    def same_from_both_sides(
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        pair: tuple[str, str],
+        heads: int,
+        forward: Callable[[], Tensor],
+        reference: Tensor,
+    ) -> bool:
+        """Whether queries without some pairs of coordinates give what keys without them give."""
+        width = weight_of(layers[pair[0]]).shape[0] // heads
+        if width % 2:
+            return False
+        groups = weight_of(layers[pair[1]]).shape[0] // width
+        kept = torch.rand(groups, width // 2, generator=torch.Generator().manual_seed(0)) < 0.5
+        both = kept.repeat_interleave(2, 1) if neighbours else kept.repeat(1, 2)
+        masks = (both.repeat_interleave(heads // groups, 0).flatten(), both.flatten())
+        outputs = []
+        for name, mask in zip(pair, masks, strict=True):
+            with _swapped(model, {name: _turned(layers[name], torch.diag(mask).to(weight_of(layers[name])))}):
+                outputs.append(forward())
+        return _same(outputs[0], outputs[1], reference)
+
+    return same_from_both_sides
+
+
+SCORES: dict[str, Change] = {
+    "query_key": _rotates_scores,
+    "rotary_halves": _leaves_out(neighbours=False),
+    "rotary_neighbours": _leaves_out(neighbours=True),
+}
+"""What may be done to queries and keys, the best first, and how to tell: (model, layers, (query, key), heads, forward,
+reference) -> whether this model allows it."""
 
 
 def _same(a: Tensor, b: Tensor, other: Tensor) -> bool:

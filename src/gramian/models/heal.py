@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
-from gramian.models.workload import Workload
+from gramian.models.workload import Workload, divergence
 from gramian.nn import StructuredLinear, as_linear
 from gramian.nn.straight_through import StraightThroughDictionary
 from gramian.ops import BlockLowRank, Dictionary, Operator, Skeleton
@@ -63,8 +63,8 @@ def heal(
     Low-rank layers are trained as balanced factor pairs (both factors carry the root of the singular values) and go back
     to their stored gauge at the end: the same matrix to rounding. Layers over a dictionary train the support of their codes
     too, by the straight-through estimator. Everything else in the model stays frozen. The loss is
-    ``1 - cos(features)`` plus, where the workload shows them, the relative squared errors of the tokens' last and inner
-    hidden states.
+    ``1 - cos(features)`` (for a language model the Kullback-Leibler divergence of its predictions) plus, where the workload
+    shows them, the relative squared errors of the tokens' last and inner hidden states.
 
     Args:
         student: the compressed model.
@@ -137,7 +137,8 @@ def heal(
                 if kept < ANSWERS_KEPT:
                     targets[place] = target
                     kept += sum(t.nbytes for t in target)
-            loss = _loss(workload.outputs(student, batch), target, settings.states, settings.inner)
+            answer = workload.outputs(student, batch)
+            loss = _loss(answer, target, settings.states, settings.inner, workload.logits is not None)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise GramianError(f"healing: the loss became {value} at step {step}; lower the learning rate")
@@ -178,13 +179,13 @@ def heal(
 
 @torch.no_grad()
 def _validate(student: nn.Module, teacher: nn.Module, workload: Workload) -> float:
-    """Mean loss of the features over at most 64 of the calibration texts, as they are."""
+    """Mean loss of the features (predictions) over at most 64 of the calibration texts, as they are."""
     batches = workload.parts(16)
     batches = batches[:: max(1, len(batches) // 4)][:4]
-    losses = [
-        float(_loss([workload.features(student, batch)], [workload.features(teacher, batch)], 0.0, 0.0))
-        for batch in batches
-    ]
+    losses = []
+    for batch in batches:
+        answer, target = (workload.outputs(model, batch)[:1] for model in (student, teacher))
+        losses.append(float(_loss(answer, target, 0.0, 0.0, workload.logits is not None)))
     return sum(losses) / len(losses)
 
 
@@ -214,9 +215,12 @@ def _place(step: int, count: int, seed: int) -> int:
     return int(order[place])
 
 
-def _loss(student: list[Tensor], target: list[Tensor], states: float, inner: float) -> Tensor:
-    """Outputs as of ``Workload.outputs``."""
-    loss = (1 - torch.nn.functional.cosine_similarity(student[0].float(), target[0].float(), dim=-1)).mean()
+def _loss(student: list[Tensor], target: list[Tensor], states: float, inner: float, predictions: bool) -> Tensor:
+    """Outputs as of ``Workload.outputs``; the first are `predictions` (logits) or features."""
+    if predictions:
+        loss = divergence(student[0], target[0])
+    else:
+        loss = (1 - torch.nn.functional.cosine_similarity(student[0].float(), target[0].float(), dim=-1)).mean()
     for weight, part in ((states, slice(1, 2)), (inner, slice(2, None))):
         errors = [
             (s.float() - t.float()).square().sum() / t.float().square().sum().clamp_min(1e-30)

@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gramian import __version__
 from gramian.errors import GramianError, nearest
 from gramian.models.checkpoint import SCHEMA, Layers, atomic_directory, build, check_schema, describe
+from gramian.models.ordinary import become_ordinary
 from gramian.models.remote_code import MODULE, remote_code
 from gramian.models.swap import conv1d, linear_shape, origin, own_dtypes, swap
 from gramian.models.walk import is_linear
@@ -253,9 +254,26 @@ def save_huggingface(model: Any, directory: str | os.PathLike[str], tokenizer: A
 
 
 def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **other: Any) -> None:
-    """``save_huggingface`` without the atomic step: into a directory that the caller publishes."""
+    """``save_huggingface`` without the atomic step: into a directory that the caller publishes.
+
+    Of a model on the meta device all but the weights is written. A model that is just a smaller one of its class (fewer
+    blocks, narrower everywhere alike) is written as such, and loads without gramian.
+    """
+    become_ordinary(model)
+    if not describe(model) and getattr(model.config, "quantization_config", None) is None:
+        model.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        return
     attach(model, **other)
-    model.save_pretrained(directory)
+    if any(p.is_meta for p in model.parameters()):
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+    else:
+        model.save_pretrained(directory)
     text, auto_map = remote_code(model)
     if text:
         (directory / f"{MODULE}.py").write_text(text, encoding="utf-8")

@@ -15,8 +15,9 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,50 @@ import torch
 from torch import Tensor, nn
 
 from gramian import __version__
-from gramian.compression import Built, Entry, Layer, Plan, dense_cost, make_plan, op_cost, resolve_structures
+from gramian.compression import (
+    Built,
+    Entry,
+    Layer,
+    Plan,
+    Recipe,
+    dense_cost,
+    make_plan,
+    op_cost,
+    resolve_recipe,
+    resolve_structures,
+)
 from gramian.compression.options import COSTS, JOINT
 from gramian.compression.plan import check_keep
 from gramian.errors import GramianError, nearest
-from gramian.grams import Grams
-from gramian.linalg import svdvals
-from gramian.models.api import Progress, apply_built, as_layer, build_all, check_plan, collect, planning_layers
+from gramian.grams import Grams, Joint
+from gramian.models import distributed
+from gramian.models.api import (
+    Progress,
+    apply_built,
+    as_layer,
+    build_all,
+    called,
+    check_plan,
+    collect,
+    planning_layers,
+    sensitivities,
+    train,
+)
+from gramian.models.blocks import Shards, find_blocks
+from gramian.models.entries import entry_rows, layer_facts, module_row, nbytes, parameters, restored, stored
 from gramian.models.heal import Healing, heal
 from gramian.models.journal import damaged, disk_error, keep, recall, workspace, write
-from gramian.models.loading import Loaded, load_model
-from gramian.models.walk import bias_of, check_finite, find_layers
-from gramian.models.workload import Workload, agreement, all_features
-from gramian.nn.structured import Structured
-from gramian.ops import Operator, from_config, structures
+from gramian.models.loading import ENTRIES, Loaded, load_model
+from gramian.models.offload import Offload
+from gramian.models.sentence_encoder import transformer_folder
+from gramian.models.walk import check_finite, find_layers
+from gramian.models.workload import Workload, agreement, all_features, language_agreement
+from gramian.ops import Quantized, structures
 
+GENERATED = 48
+"""Tokens that are generated to time it."""
 HELD_OUT = 160
 """Most held-out texts that quality is measured on."""
-SPECTRUM_POINTS = 33
 GRAMS = "grams.sealed"
 """The first file of the work directory that is worth keeping."""
 
@@ -54,6 +81,7 @@ class Settings:
         keep: share to keep.
         cost: "params", "bytes", "flops" or "latency".
         structures: comma-separated names, or "auto".
+        recipe: name of a published way to do it, or "auto" (``gramian.compression.recipes``).
         objective: "auto", "features", "lm" or "none".
         heal: steps of distillation.
         rate: peak learning rate of healing.
@@ -66,6 +94,7 @@ class Settings:
     keep: float = 0.5
     cost: str = "params"
     structures: str = "auto"
+    recipe: str = "auto"
     objective: str = "auto"
     heal: int = 0
     rate: float = 1e-4
@@ -87,6 +116,8 @@ class Job:
         settings: see ``Settings``.
         progress: called with (stage, done, total).
         render: makes ``report.html`` of the report; None for no page.
+        offload: leave the model on disk and work block by block; the result is the same, but for rounding.
+        max_memory: bytes; above them the model is left on disk too.
     """
 
     model: str | None
@@ -95,6 +126,8 @@ class Job:
     settings: Settings
     progress: Progress = lambda stage, done, total: None
     render: Callable[[dict[str, Any]], str] | None = None
+    offload: bool = False
+    max_memory: int | None = None
     times: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -111,7 +144,10 @@ class Job:
         """
         s = self.settings
         check_keep(s.keep)
-        methods = resolve_structures(s.structures, s.cost)
+        recipe = self.recipe
+        recipe.check(s.cost, s.structures)
+        recipe.objective(s.objective)
+        methods = resolve_structures(recipe.options(s.structures)["structures"], s.cost)
         if s.heal < 0:
             raise GramianError(f"--heal {s.heal}: expected 0 or more steps")
         if not 0 < s.rate < math.inf:
@@ -130,17 +166,34 @@ class Job:
         if not os.access(parent, os.W_OK):
             raise GramianError(f"--out {self.out}: no permission to write in {parent}; choose another directory")
         chosen = Plan.load(s.plan) if s.plan else None
-        self.loaded = load_model(self.model, self.data)
+        self.loaded = load_model(self.model, self.data, skeleton=self.offload or self.max_memory is not None)
+        if self.loaded.skeleton and not self.offload and self._memory(whole=True) <= (self.max_memory or 0):
+            self.loaded = load_model(self.model, self.data)
+        if self.loaded.skeleton:
+            self._check_offload()
+        if s.recipe != "auto" and (self.loaded.skeleton or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            raise GramianError(
+                f"--recipe {s.recipe} runs in one process with the model in memory; leave out --offload, --max-memory and "
+                "torchrun, or take --recipe auto"
+            )
         heads = () if s.include else self.loaded.heads
-        tables = s.embeddings and s.cost not in ("flops", "latency")
+        only_tables = recipe.layers == "embeddings"
+        tables = (s.embeddings or only_tables) and s.cost not in ("flops", "latency")
         found = find_layers(self.loaded.model, include=s.include, exclude=(*s.exclude, *heads), embeddings=tables)
+        if only_tables:
+            found.left_alone += [{"name": n, "reason": f"recipe {recipe.name} is for embeddings"} for n in found.layers]
+            found.layers = {}
+            if not found.embeddings:
+                raise GramianError(f"recipe {recipe.name} is for embeddings of words; this model has none to factor")
         if s.embeddings and not tables:
             self.warnings.append("--embeddings has no effect on a budget of FLOPs: a look-up takes none")
         for entry in found.left_alone:
             if entry["name"] in heads:
                 entry["reason"] = "a head outside the repeated blocks (name it with --include to take part)"
+        self.before = parameters(self.loaded.model), nbytes(self.loaded.model)
         chosen_layers = {**found.embeddings, **found.layers}
-        check_finite(chosen_layers)
+        if not self.loaded.skeleton:
+            check_finite(chosen_layers)
         self.found = found
         layers = {name: as_layer(name, module) for name, module in chosen_layers.items()}
         total = sum(dense_cost(layer).of(s.cost) for layer in layers.values())
@@ -162,12 +215,18 @@ class Job:
                 f"--out {self.out}: needs about {need_disk / 1e6:,.0f} MB on disk, {free_disk / 1e6:,.0f} MB are free; "
                 "choose another directory"
             )
-        need_memory = 3 * file_bytes + 2 * gram_bytes
+        if self.loaded.skeleton:
+            need_disk += self._hidden_bytes()
+        need_memory = self._memory(whole=not self.loaded.skeleton)
         free_memory = _free_memory()
         if free_memory and need_memory > free_memory:
             raise GramianError(
                 f"needs about {need_memory / 1e6:,.0f} MB of memory, {free_memory / 1e6:,.0f} MB are free; "
-                "leave layers out with --exclude"
+                + (
+                    "leave layers out with --exclude"
+                    if self.loaded.skeleton
+                    else "read it block by block with --offload"
+                )
             )
         return {
             "model": self.loaded.source,
@@ -181,7 +240,60 @@ class Job:
             "disk_free": free_disk,
             "memory_needed": need_memory,
             "memory_free": free_memory,
+            "offload": self.loaded.skeleton,
         }
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the settings name.
+
+        Raises:
+            GramianError: unknown name.
+        """
+        return resolve_recipe(self.settings.recipe)
+
+    def _memory(self, *, whole: bool) -> int:
+        """Bytes that the run needs, roughly.
+
+        Args:
+            whole: with the model in memory; else block by block.
+        """
+        model = self.loaded.model
+        tables = self.settings.embeddings and self.settings.cost not in ("flops", "latency")
+        heads = () if self.settings.include else self.loaded.heads
+        exclude = (*self.settings.exclude, *heads)
+        found = find_layers(model, include=self.settings.include, exclude=exclude, embeddings=tables)
+        grams = {
+            name: 8 * _gram_entries(as_layer(name, module))
+            for name, module in (*found.embeddings.items(), *found.layers.items())
+        }
+        if whole:
+            return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2 * sum(grams.values())
+        blocks, modules = find_blocks(model)
+        widest = 0
+        for index, module in enumerate(modules):
+            numbers = sum(p.numel() for p in module.parameters())
+            own = sum(size for name, size in grams.items() if name.startswith(f"{blocks}.{index}."))
+            widest = max(widest, 12 * numbers + 4 * own)
+        outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{blocks}."))
+        return widest + 4 * outside + 20 * ENTRIES
+
+    def _check_offload(self) -> None:
+        if self.settings.heal:
+            raise GramianError(
+                f"--heal {self.settings.heal}: healing needs the whole model in memory, and this run reads it block by "
+                "block; leave --heal out, or leave out --offload and --max-memory"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise GramianError("--offload runs in one process; leave it out under torchrun, or run without torchrun")
+
+    def _hidden_bytes(self) -> int:
+        """What reaches every block, on disk."""
+        tokens = [len(self.loaded.tokenizer(text).input_ids) for text in self.loaded.corpus.calibration[:20]]
+        width = int(getattr(self.loaded.config, "hidden_size", 0) or 0)
+        mean = min(sum(tokens) / max(len(tokens), 1), self.loaded.longest)
+        texts = len(self.loaded.corpus.calibration)
+        return int(4 * width * mean * texts * (len(find_blocks(self.loaded.model)[1]) + 3))
 
     # The run -----------------------------------------------------------------------------------------------------
 
@@ -191,14 +303,26 @@ class Job:
         Raises:
             GramianError: one line that names the culprit and the remedy; nothing is at ``out`` then.
         """
+        with distributed.ranks() as self.ranks:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
+        if not self.ranks.first:
+            self.progress = lambda stage, done, total: None
         self.check()
         torch.manual_seed(self.settings.seed)
         calibration = self.loaded.workload(self.loaded.corpus.calibration)
-        work = self.out.absolute().parent / f".{self.out.name}.gramian-{self._fingerprint(calibration)}"
+        fingerprint = self._fingerprint(calibration)
+        distributed.check_same(self.ranks, fingerprint)
+        work = self.out.absolute().parent / f".{self.out.name}.gramian-{fingerprint}"
+        if not self.ranks.first:
+            return self._help(work, calibration)
         try:
             with workspace(work, GRAMS):
-                return self._work(work, calibration, started)
+                if self.recipe.run:
+                    return self._whole(work, calibration, started)
+                return (self._stream if self.loaded.skeleton else self._work)(work, calibration, started)
         except Exception as error:
             cause = disk_error(error)
             if cause is None:
@@ -211,9 +335,11 @@ class Job:
         s, loaded = self.settings, self.loaded
         grams = self._stage("collect", lambda: self._grams(work, calibration))
         layers = planning_layers(loaded.model, grams)
-        self._warn_few_tokens(layers)
+        self._warn_few_tokens(
+            {n: (layer.grams.tokens if layer.grams else 0, layer.shape[1]) for n, layer in layers.items()}
+        )
         chosen = self._stage("plan", lambda: self._plan(work, layers, grams))
-        spectra = {name: _spectra(layer) for name, layer in layers.items()}
+        facts = {name: layer_facts(layer) for name, layer in layers.items()}
         built = self._stage("fit", lambda: self._fit(work, chosen, layers))
         before_model, small = loaded.model, loaded.copy()
         changed: list[str] = []
@@ -226,15 +352,84 @@ class Job:
         quality = self._stage("evaluate", lambda: agreement(reference, all_features(small, held_out)))
         unhealed = None
         losses: list[tuple[int, float]] = []
-        if s.heal and changed:
+        if (s.heal or self.recipe.steps) and changed:
             unhealed = quality
             losses = self._stage("heal", lambda: self._heal(work, small, before_model, changed, calibration))
             quality = self._stage("evaluate", lambda: agreement(reference, all_features(small, held_out)))
         speed = self._stage("evaluate", lambda: _speed(before_model, small, loaded))
+        language = self._stage("evaluate", lambda: _language(before_model, small, held_out, loaded))
         self.times["total"] = time.perf_counter() - started
-        report = self._report(chosen, layers, built, spectra, small, quality, unhealed, losses, speed, held_out.name)
+        rows = [
+            row
+            for entry, made in zip(chosen.entries, built, strict=True)
+            for row in entry_rows(entry, made, layers, facts, chosen.cost)
+        ]
+        report = self._report(chosen, rows, small, quality, unhealed, losses, speed, held_out.name)
+        report["language"] = language
         self._stage("save", lambda: self._publish(work, small, chosen, report))
         return report
+
+    def _whole(self, work: Path, calibration: Workload, started: float) -> dict[str, Any]:
+        """``_work`` for a recipe that acts on modules: nothing is fitted layer by layer."""
+        s, loaded = self.settings, self.loaded
+        model = loaded.model
+        options = {"keep": s.keep, "cost": s.cost, "heal_steps": s.heal, "seed": s.seed, "progress": self.progress}
+        small = self._stage("fit", lambda: called(self.recipe.run)(model, calibration, **options))
+        held_out = loaded.workload(self._held_out())
+        features = self._stage("evaluate", lambda: [all_features(m, held_out) for m in (model, small)])
+        quality = agreement(*features) if features[0].shape == features[1].shape else None
+        speed = self._stage("evaluate", lambda: _speed(model, small, loaded))
+        language = self._stage("evaluate", lambda: _language(model, small, held_out, loaded))
+        rows = [module_row(as_layer(name, module), small) for name, module in self.found.layers.items()]
+        budget = int(s.keep * sum(row[f"{s.cost}_before"] for row in rows))
+        self.times["total"] = time.perf_counter() - started
+        chosen = Plan(s.cost, s.keep, budget, [])
+        report = self._report(chosen, rows, small, quality, None, [], speed, held_out.name)
+        report["language"] = language
+        self._stage("save", lambda: self._publish(work, small, chosen, report))
+        return report
+
+    def _stream(self, work: Path, calibration: Workload, started: float) -> dict[str, Any]:
+        """``_work`` for a model on disk."""
+        s, loaded = self.settings, self.loaded
+        held_out = loaded.workload(self._held_out())
+        run = Offload(
+            loaded.model,
+            Shards(loaded.directory),
+            self.found,
+            work,
+            calibration,
+            held_out,
+            objective=s.objective,
+            seed=s.seed,
+            progress=self.progress,
+        )
+        try:
+            write(work / GRAMS, b"")  # from here on there is something worth keeping
+            self._stage("collect", run.collect)
+            self._stage("plan", lambda: run.measure(s.structures, s.cost, s.keep, curves=not s.plan))
+            layers = {name: as_layer(name, module) for name, module in run.layers.items()}
+            facts = run.facts()
+            self._warn_few_tokens({name: (facts[name]["tokens"], layer.shape[1]) for name, layer in layers.items()})
+            joints = run.joints()
+            chosen = self._stage("plan", lambda: self._choose(work, layers, joints, run.plan))
+            rows = self._stage("fit", lambda: run.fit(chosen))
+            quality = self._stage("evaluate", lambda: agreement(*run.features()))
+            language = self._stage("evaluate", run.language)
+            self.times["total"] = time.perf_counter() - started
+            report = self._report(chosen, rows, loaded.model, quality, None, [], [], held_out.name)
+            report["language"] = language
+            self._stage("save", lambda: self._publish(work, loaded.model, chosen, report, run.publish))
+        finally:
+            run.close()
+        return report
+
+    def _help(self, work: Path, calibration: Workload) -> dict[str, Any]:
+        """What the ranks do that write nothing: their share of the Grams, the curves and the fits."""
+        grams = self._grams(work, calibration)
+        layers = planning_layers(self.loaded.model, grams)
+        self._fit(work, self._plan(work, layers, grams), layers)
+        return {}
 
     def _stage(self, name: str, call: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -249,8 +444,13 @@ class Job:
         if self.settings.plan:
             digest.update(Path(self.settings.plan).read_bytes())
         digest.update(self.loaded.config.to_json_string().encode())
+        if self.loaded.skeleton:  # a journal of another kind, of files too large to read through
+            for path in sorted(self.loaded.directory.glob("*.safetensors")):
+                state = path.stat()
+                digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
         tokens = {f"{i}|{key}": value for i, batch in enumerate(calibration.batches) for key, value in batch.items()}
-        for name, tensor in (*self.loaded.model.state_dict().items(), *tokens.items()):
+        state_dict = {} if self.loaded.skeleton else self.loaded.model.state_dict()
+        for name, tensor in (*state_dict.items(), *tokens.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:12]
@@ -264,26 +464,51 @@ class Job:
 
     def _grams(self, work: Path, calibration: Workload) -> Grams:
         path = work / GRAMS
-        known = recall(path)
-        if known is not None:
-            return Grams.from_state(*known)
-        grams = collect(
+        known = recall(path) if self.ranks.first else None
+        shared = distributed.share_grams(self.ranks, Grams.from_state(*known) if known is not None else None)
+        if shared is not None:
+            return shared
+        grams = (collect if self.ranks.size == 1 else partial(distributed.collect, self.ranks))(
             self.loaded.model,
             calibration,
-            objective=self.settings.objective,
+            objective=self.recipe.objective(self.settings.objective),
             include=[*self.found.embeddings, *self.found.layers],
             embeddings=bool(self.found.embeddings),
             seed=self.settings.seed,
             progress=self.progress,
         )
-        keep(path, grams.state(), grams.describe())
+        if self.ranks.first:
+            keep(path, grams.state(), grams.describe())
         return grams
 
     def _plan(self, work: Path, layers: dict[str, Layer], grams: Grams) -> Plan:
+        count = len(layers)
+
+        def make(**options: Any) -> Plan:
+            def tell(done: int) -> None:
+                self.progress("plan", min(done, count), count)
+
+            return make_plan(layers, grams.joints, **options, progress=tell)
+
+        if self.ranks.size == 1:
+            return self._choose(work, layers, grams.joints, make)
+        s, ready = self.settings, bool(self.settings.plan) or (work / "plan.json").exists()
+        curves = None
+        if not json.loads(self.ranks.same(json.dumps(ready).encode(), "planning")):
+            curves = distributed.curves(
+                self.ranks, layers, grams.joints, resolve_structures(s.structures, s.cost), s.cost, s.keep
+            )
+        chosen = None
+        if self.ranks.first:
+            chosen = self._choose(work, layers, grams.joints, partial(make, curves=curves))
+        return distributed.share_plan(self.ranks, chosen)
+
+    def _choose(self, work: Path, layers: dict[str, Layer], joints: Sequence[Joint], make: Callable[..., Plan]) -> Plan:
+        """The plan that the user gave, or the journal's, or what `make` makes."""
         s = self.settings
         if s.plan:
             chosen = Plan.load(s.plan)
-            _check_groups(chosen, grams)
+            _check_groups(chosen, joints)
             named = {name for entry in chosen.entries for name in entry.layers}
             for name, layer in layers.items():
                 if name not in named:
@@ -295,28 +520,32 @@ class Job:
                 return Plan.load(path)
             except GramianError as error:
                 raise damaged(path, str(error)) from None
-        count = len(layers)
-        chosen = make_plan(
-            layers,
-            grams.joints,
-            keep=s.keep,
-            cost=s.cost,
-            structures=s.structures,
-            progress=lambda done: self.progress("plan", min(done, count), count),
-        )
+        if s.recipe == "auto":
+            chosen = make(keep=s.keep, cost=s.cost, structures=s.structures)
+        else:
+            calibration = self.loaded.workload(self.loaded.corpus.calibration)
+            told = (self.recipe, self.loaded.model, calibration, layers)
+            noise = sensitivities(*told, seed=s.seed, progress=self.progress)
+            chosen = make(keep=s.keep, cost=s.cost, sensitivity=noise, **self.recipe.options(s.structures))
         write(path, chosen.to_json().encode())
         return Plan.load(path)
 
     def _fit(self, work: Path, chosen: Plan, layers: dict[str, Layer]) -> list[Built]:
         folder = work / "built"
+        if not self.ranks.first:
+            return [made for _, made in distributed.build_shared(self.ranks, chosen, layers, [])]
         folder.mkdir(exist_ok=True)
         paths = [folder / f"{i:05d}.sealed" for i in range(len(chosen.entries))]
-        done = {i: _restored(*known) for i, path in enumerate(paths) if (known := recall(path)) is not None}
+        done = {i: restored(*known) for i, path in enumerate(paths) if (known := recall(path)) is not None}
         missing = [i for i in range(len(chosen.entries)) if i not in done]
         rest = Plan(chosen.cost, chosen.keep, chosen.budget, [chosen.entries[i] for i in missing])
-        for place, _, made in build_all(rest, layers):
-            index = missing[place]
-            keep(paths[index], *_stored(made))
+        fresh: Iterator[tuple[int, Built]]
+        if self.ranks.size == 1:
+            fresh = ((missing[place], made) for place, _, made in build_all(rest, layers))
+        else:
+            fresh = distributed.build_shared(self.ranks, chosen, layers, missing)
+        for index, made in fresh:
+            keep(paths[index], *stored(made))
             done[index] = made
             self.progress("fit", len(done), len(chosen.entries))
         for index, entry in enumerate(chosen.entries):
@@ -329,6 +558,9 @@ class Job:
         self, work: Path, small: nn.Module, teacher: nn.Module, changed: list[str], calibration: Workload
     ) -> list[tuple[int, float]]:
         s = self.settings
+        if self.recipe.train:
+            settings = Healing(steps=s.heal or self.recipe.steps, seed=s.seed)
+            return train(self.recipe, small, teacher, changed, calibration, settings, progress=self.progress)
         path = work / "heal.sealed"
         resume, known = recall(path) or (None, {"losses": []})
         losses: list[tuple[int, float]] = [(i, value) for i, value in known["losses"]]
@@ -344,20 +576,28 @@ class Job:
         heal(small, teacher, changed, calibration, settings, resume=resume, checkpoint=checkpoint, progress=note)
         return losses
 
-    def _warn_few_tokens(self, layers: dict[str, Layer]) -> None:
-        for name, layer in layers.items():
-            if layer.grams is not None and layer.grams.tokens < 2 * layer.shape[1]:
+    def _warn_few_tokens(self, seen: Mapping[str, tuple[int, int]]) -> None:
+        for name, (tokens, inputs) in seen.items():
+            if tokens < 2 * inputs:
                 self.warnings.append(
-                    f"{name}: {layer.grams.tokens} calibration tokens for {layer.shape[1]} inputs; "
+                    f"{name}: {tokens} calibration tokens for {inputs} inputs; "
                     "give at least twice as many tokens as inputs"
                 )
 
-    def _publish(self, work: Path, small: nn.Module, chosen: Plan, report: dict[str, Any]) -> None:
+    def _publish(
+        self,
+        work: Path,
+        small: nn.Module,
+        chosen: Plan,
+        report: dict[str, Any],
+        weights: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         final = work / "final"
         shutil.rmtree(final, ignore_errors=True)
         recipe = {**asdict(self.settings), "calibration": self.loaded.corpus.fingerprint}
         recipe["plan"] = bool(self.settings.plan)
         self.loaded.save(small, final, recipe=recipe)
+        weights(transformer_folder(final) if self.loaded.sentence_transformer else final)
         size = sum(p.stat().st_size for p in final.rglob("*.safetensors"))
         report["size"]["file_after"] = size
         write(final / "plan.json", chosen.to_json().encode())
@@ -372,56 +612,23 @@ class Job:
     def _report(
         self,
         chosen: Plan,
-        layers: dict[str, Layer],
-        built: Sequence[Built],
-        spectra: dict[str, dict[str, Any]],
+        rows: list[dict[str, Any]],
         small: nn.Module,
-        quality: dict[str, float],
+        quality: dict[str, float] | None,
         unhealed: dict[str, float] | None,
         losses: list[tuple[int, float]],
         speed: list[dict[str, float]],
         metric: str,
     ) -> dict[str, Any]:
-        rows = []
-        for entry, made in zip(chosen.entries, built, strict=True):
-            for name in entry.layers:
-                layer, op = layers[name], made.layers[name][0]
-                before, after = dense_cost(layer), op_cost(op, layer)
-                measured = made.error.get(name, 0.0)
-                first = name == entry.layers[-1]
-                rows.append(
-                    {
-                        "name": name,
-                        "shape": list(layer.shape),
-                        "structure": entry.structure,
-                        "size": entry.size,
-                        "params_before": before.params,
-                        "params_after": after.params,
-                        "bytes_before": before.bytes,
-                        "bytes_after": after.bytes,
-                        "flops_before": before.flops,
-                        "flops_after": after.flops,
-                        **(
-                            {"latency_before": before.of("latency"), "latency_after": after.of("latency")}
-                            if chosen.cost == "latency"
-                            else {}
-                        ),
-                        "predicted": entry.predicted if first else None,
-                        "measured": sum(made.error.values()) if first else None,
-                        "relative": measured / max(layer.error(torch.zeros_like(layer.weight)), 1e-300),
-                        "joint": [other for other in entry.layers if other != name],
-                        **spectra[name],
-                    }
-                )
-        order = {name: i for i, name in enumerate(layers)}
-        rows.sort(key=lambda row: order[str(row["name"])])
+        order = {name: i for i, name in enumerate((*self.found.embeddings, *self.found.layers))}
+        rows = sorted(rows, key=lambda row: order[str(row["name"])])
         total = {
             f"{what}_{when}": sum(int(row[f"{what}_{when}"]) for row in rows)
             for what in ("params", "bytes", "flops", *(["latency"] if chosen.cost == "latency" else []))
             for when in ("before", "after")
         }
-        model_before = _parameters(self.loaded.model)
-        model_after = _parameters(small)
+        model_before, bytes_before = self.before
+        model_after = parameters(small)
         s = self.settings
         used = total[f"{chosen.cost}_after"]
         dense_total = total[f"{chosen.cost}_before"]
@@ -437,20 +644,18 @@ class Job:
             },
             "settings": {
                 **asdict(s),
-                "structures": list(resolve_structures(s.structures, s.cost)),
+                "structures": list(resolve_structures(self.recipe.options(s.structures)["structures"], s.cost)),
                 "calibration": {
                     "source": self.loaded.corpus.source,
                     "texts": len(self.loaded.corpus.calibration),
-                    "tokens": max((layer.grams.tokens for layer in layers.values() if layer.grams), default=0),
+                    "tokens": max((row["tokens"] for row in rows), default=0),
                     "fingerprint": self.loaded.corpus.fingerprint,
                 },
             },
             "budget": {"cost": chosen.cost, "keep": chosen.keep, "asked": chosen.budget, "used": used},
             "kept": {
                 "layers": used / dense_total,
-                "model": model_after / model_before
-                if chosen.cost != "bytes"
-                else _bytes(small) / _bytes(self.loaded.model),
+                "model": model_after / model_before if chosen.cost != "bytes" else nbytes(small) / bytes_before,
             },
             "size": {
                 **total,
@@ -460,12 +665,12 @@ class Job:
                 "file_after": None,
             },
             "quality": {"metric": metric, "held_out": quality, "before_healing": unhealed},
-            "predicted": {"plan": chosen.predicted, "built": sum(sum(m.error.values()) for m in built)},
+            "predicted": {"plan": chosen.predicted, "built": sum(row["measured"] or 0.0 for row in rows)},
             "speed": speed,
             "layers": rows,
             "left_alone": self.found.left_alone,
             "warnings": self.warnings,
-            "heal": {"steps": s.heal, "loss": [[i, v] for i, v in losses]} if s.heal else None,
+            "heal": {"steps": s.heal or len(losses), "loss": [[i, v] for i, v in losses]} if s.heal or losses else None,
             "times": {key: round(value, 3) for key, value in self.times.items()},
             "environment": {
                 "python": platform.python_version(),
@@ -493,7 +698,7 @@ def _gram_entries(layer: Layer) -> int:
 
 def _least(layer: Layer, methods: Sequence[str], cost: str) -> int:
     """The cost of the cheapest thing that can be done to a layer alone (a lower bound is enough)."""
-    from gramian.compression.options import embedding_sizes, single_curve
+    from gramian.compression.options import embedding_sizes
 
     if layer.embedding:
         return min(price.of(cost) for _, _, price in embedding_sizes(layer, methods, cost))
@@ -511,56 +716,10 @@ def _least(layer: Layer, methods: Sequence[str], cost: str) -> int:
                 }[cost],
             )
         elif method == "quantized":
-            for candidate in single_curve(layer, method, cost):
-                least = min(least, candidate.cost.of(cost))
+            least = min(least, Quantized.bytes_for(layer.shape, 2) if cost == "bytes" else least)
         else:
             least = 0  # found out when it is fitted
     return least
-
-
-def _spectra(layer: Layer) -> dict[str, Any]:
-    """What the report shows of a layer's spectrum: remaining energy by rank, without and with the Grams."""
-    values = svdvals(layer.weight.double()).square()
-    plain = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
-    weighted = layer.spectrum.errors
-    seen = (-weighted.diff()).clamp_min(0)
-    place = torch.linspace(0, min(layer.shape), SPECTRUM_POINTS).round().long()
-    share = seen / seen.sum().clamp_min(1e-300)
-    entropy = -(share.clamp_min(1e-300).log() * share).sum()
-
-    def curve(x: Tensor) -> list[float]:
-        return [round(float(v), 6) for v in x[place] / x[0].clamp_min(1e-300)]
-
-    return {
-        "effective_rank": float(entropy.exp()),
-        "stable_rank": float(values.sum() / values[0].clamp_min(1e-300)),
-        "gram_rank": layer.grams.input.rank() if layer.grams is not None else 0,
-        "tokens": layer.grams.tokens if layer.grams is not None else 0,
-        "spectrum": {"plain": curve(plain), "weighted": curve(weighted)},
-    }
-
-
-def _parameters(model: nn.Module) -> int:
-    """Stored numbers of a model: parameters and the index or code buffers of structured layers."""
-    inside = {id(p) for m in model.modules() if isinstance(m, Structured) for p in m.parameters()}
-    plain = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    structured = sum(
-        m.op.numel + (bias.numel() if (bias := bias_of(m)) is not None else 0)
-        for m in model.modules()
-        if isinstance(m, Structured)
-    )
-    return plain + structured
-
-
-def _bytes(model: nn.Module) -> int:
-
-    inside = {id(p) for m in model.modules() if isinstance(m, Structured) for p in m.parameters()}
-    plain = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
-    return plain + sum(
-        m.op.nbytes + (bias.nbytes if (bias := bias_of(m)) is not None else 0)
-        for m in model.modules()
-        if isinstance(m, Structured)
-    )
 
 
 @torch.inference_mode()
@@ -584,24 +743,28 @@ def _speed(before: nn.Module, after: nn.Module, loaded: Loaded) -> list[dict[str
     return rows
 
 
-def _stored(made: Built) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A fitted entry as ``keep`` takes it."""
-    tensors: dict[str, Tensor] = {}
-    for name, (op, bias) in made.layers.items():
-        tensors.update({f"{name}|{key}": value for key, value in op.factors().items()})
-        if bias is not None:
-            tensors[f"{name}|"] = bias
-    return tensors, {"layers": {name: op.config() for name, (op, _) in made.layers.items()}, "error": made.error}
-
-
-def _restored(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Built:
-    """Inverse of ``_stored``."""
-    made: dict[str, tuple[Operator, Tensor | None]] = {}
-    for name, config in description["layers"].items():
-        own = {key.removeprefix(f"{name}|"): value for key, value in tensors.items() if key.startswith(f"{name}|")}
-        bias = own.pop("", None)
-        made[name] = (from_config(config, own), bias)
-    return Built(made, description["error"])
+def _language(before: nn.Module, after: nn.Module, held_out: Workload, loaded: Loaded) -> dict[str, Any] | None:
+    """Predictions of a language model on held-out text, and tokens a second when it generates (one sequence, keys and values
+    cached; both models in turn); None for another kind of model.
+    """
+    if held_out.logits is None:
+        return None
+    found: dict[str, Any] = language_agreement(before, after, held_out)
+    prompt = loaded.random_batch(1, 16)
+    if math.isnan(found["perplexity_before"]) or prompt is None or not getattr(before, "can_generate", bool)():
+        return {**found, "generation": None}
+    tokens = max(1, min(GENERATED, loaded.longest - prompt["input_ids"].shape[1]))
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    taken: list[list[float]] = [[], []]
+    with torch.inference_mode():
+        for repeat in range(6):
+            for which, model in enumerate((before, after)):
+                start = time.perf_counter()
+                model.generate(**prompt, **length)  # type: ignore[operator]
+                if repeat:
+                    taken[which].append(tokens / (time.perf_counter() - start))
+    rates = [sorted(rates)[len(rates) // 2] for rates in taken]
+    return {**found, "generation": {"tokens": tokens, "before": rates[0], "after": rates[1]}}
 
 
 def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
@@ -641,13 +804,13 @@ def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
                 raise GramianError(f"{where}: {kind}: {key} {value}; expected 1 to {most}")
 
 
-def _check_groups(chosen: Plan, grams: Grams) -> None:
+def _check_groups(chosen: Plan, joints: Sequence[Joint]) -> None:
     """Raise unless the layers that an entry compresses together do belong together in this model.
 
     Raises:
         GramianError: which entry, and the groups that there are.
     """
-    known = {(joint.kind, *joint.layers): joint.heads for joint in grams.joints}
+    known = {(joint.kind, *joint.layers): joint.heads for joint in joints}
     for entry in chosen.entries:
         if entry.structure in JOINT and known.get((entry.structure, *entry.layers)) != entry.heads:
             groups = [f"{kind} of {', '.join(names)}" for kind, *names in known if kind == entry.structure]

@@ -18,7 +18,11 @@ from torch import Tensor
 from gramian.errors import GramianError
 
 
-class DamagedJournalError(GramianError):
+class PassingError(GramianError):
+    """What ended a run lies outside it: the journal stays for the next."""
+
+
+class DamagedJournalError(PassingError):
     """A file of the work directory is not what was written there."""
 
 
@@ -91,7 +95,7 @@ def workspace(path: Path, first: str) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            passing = isinstance(error, DamagedJournalError) or disk_error(error) is not None
+            passing = isinstance(error, PassingError) or disk_error(error) is not None
             final = isinstance(error, GramianError) and not passing
             if final or not (path / first).exists():
                 shutil.rmtree(path, ignore_errors=True)

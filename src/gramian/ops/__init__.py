@@ -14,8 +14,11 @@ from gramian.ops.diagonal import Diagonal, Identity, Permutation, Selection
 from gramian.ops.dictionary import Dictionary
 from gramian.ops.displacement import LowDisplacement
 from gramian.ops.householder import Householder
+from gramian.ops.hypercomplex import HypercomplexBottleneck
 from gramian.ops.kronecker import KroneckerSum
+from gramian.ops.low_rank_quantized import LowRankQuantized
 from gramian.ops.low_rank_sparse import LowRankSparse
+from gramian.ops.masked_low_rank import MaskedLowRank
 from gramian.ops.mixers import MixerSize, channel_mixing, mixer, mixer_sizes, random_mixer, token_mixing
 from gramian.ops.operator import Operator, from_config, register, structure, structures
 from gramian.ops.orthogonal import Orthogonal, permuted_orthogonal
@@ -24,6 +27,7 @@ from gramian.ops.quantized import Quantized
 from gramian.ops.semi_structured import SemiStructured
 from gramian.ops.skeleton import Skeleton
 from gramian.ops.sparse import Sparse
+from gramian.ops.symmetric_low_rank import SymmetricLowRank
 from gramian.ops.toeplitz import Toeplitz
 from gramian.ops.transforms import Cosine, Fourier, Hadamard, fourier_blocks, hadamard_blocks
 
@@ -42,11 +46,14 @@ __all__ = [
     "Fourier",
     "Hadamard",
     "Householder",
+    "HypercomplexBottleneck",
     "Identity",
     "Kron",
     "KroneckerSum",
     "LowDisplacement",
+    "LowRankQuantized",
     "LowRankSparse",
+    "MaskedLowRank",
     "MixerSize",
     "Operator",
     "Orthogonal",
@@ -61,6 +68,7 @@ __all__ = [
     "Skeleton",
     "Sparse",
     "Sum",
+    "SymmetricLowRank",
     "Toeplitz",
     "Transpose",
     "add",

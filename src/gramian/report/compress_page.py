@@ -36,6 +36,7 @@ from gramian.report.page import (
 
 Json = Mapping[str, Any]
 
+WHEN = ("before", "after")
 UNITS = {
     "params": ("parameters", ""),
     "bytes": ("bytes", "B"),
@@ -405,6 +406,8 @@ def _quality(report: Json) -> str:
         caption = f"Compressed against original, {columns[-1][1]['texts']:,} texts that calibration did not see."
         headings = ["Quality", *(title for title, _ in columns)]
         parts.append(f"<div>{table(headings, rows, caption=caption, sort=False)}</div>")
+    if report.get("language"):
+        parts.append(_language(report["language"]))
     if report["speed"]:
         rows = [
             [
@@ -429,6 +432,22 @@ def _quality(report: Json) -> str:
         # The tables under one another, the curve beside them.
         parts = [f'<div class="stack">{"".join(parts)}</div>', chart] if parts else [chart]
     return grid(parts) if parts else ""
+
+
+def _language(language: Json) -> str:
+    """What a language model predicts and how fast it generates, before and after."""
+    generation = language["generation"] or {"before": None, "after": None, "tokens": 0}
+    rows: list[list[Value]] = [
+        ["Perplexity", *(Cell(number(language[f"perplexity_{when}"], 4), None, numeric=True) for when in WHEN)],
+        [
+            "Generated tokens a second, one sequence",
+            *(Cell(number(generation[when]), None, numeric=True) for when in WHEN),
+        ],
+        ["Divergence from the original, nats a token", "", Cell(number(language["divergence"], 3), None, numeric=True)],
+        ["Likeliest tokens that stay", "", Cell(percent(language["same_token"]), None, numeric=True)],
+    ]
+    caption = f"Of the next token, {language['tokens']:,} tokens that calibration did not see."
+    return f"<div>{table(('Predictions', 'original', 'compressed'), rows, caption=caption, sort=False)}</div>"
 
 
 def _left_alone(left: Sequence[Json]) -> str:

@@ -52,6 +52,8 @@ def summary(report: Mapping[str, Any], console: Console) -> None:
     )
     _line(console, "Budget", budget_text(budget), "" if budget["used"] <= budget["asked"] else "yellow")
     _line(console, "Quality", _quality(report["quality"]))
+    if report.get("language"):
+        _line(console, "Predictions", _predictions(report["language"]))
     console.print()
     console.print(_groups(report, narrow=console.width < _NARROW))
     if report["left_alone"]:
@@ -75,6 +77,14 @@ def _quality(quality: Mapping[str, Any]) -> str:
     if before is not None:
         text += f" ({number(before['mean'], 4)} before healing)"
     return f"{text}, 5th percentile {number(held_out['p5'], 4)}, on {held_out['texts']:,} held-out texts"
+
+
+def _predictions(language: Mapping[str, Any]) -> str:
+    text = f"divergence {number(language['divergence'], 3)} nats, {percent(language['same_token'])} of likeliest tokens stay"
+    if finite(language["perplexity_before"]):
+        text = f"perplexity {number(language['perplexity_before'], 4)} to {number(language['perplexity_after'], 4)}, {text}"
+    speed = language["generation"]
+    return text + (f", {number(speed['before'])} to {number(speed['after'])} tokens/s" if speed else "")
 
 
 def _groups(report: Mapping[str, Any], *, narrow: bool) -> Table:

@@ -1,0 +1,199 @@
+"""Language models: every recipe on one trained small Llama, same calibration, same budget.
+
+    python benchmarks/language.py [MODEL] [quality] [heal] [bytes] [speed]
+
+MODEL is by default the one of examples/small_llama.py (trained when not in the cache, which takes some minutes). quality:
+perplexity and divergence at 70 and 50 % of the linears' parameters, without training. heal: the same with ten minutes of
+training. bytes: at 27 % of the bytes in bfloat16. speed: generation, one sequence with cached keys and values, of the model
+compressed to half the FLOPs; processor time, both models in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import gramian
+from common import RESULTS, write
+from gramian.compression import Entry, Plan
+from gramian.compression.recipes import RECIPES
+from gramian.errors import GramianError
+from gramian.grams import Grams
+from gramian.models.heal import Healing, heal
+from gramian.models.loading import load_model
+from gramian.models.walk import find_layers
+from gramian.models.workload import language_agreement
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+KEEPS = (0.7, 0.5)
+HEALING = 600.0
+"""Seconds of processor time."""
+BYTES = 0.27
+RATE = 3e-4
+"""Learning rate of healing."""
+ORDER = ["auto", "svd-llm", "modegpt", "svd", "asvd", "fwsvd", "fwsvd-columns", "lord", "welore", "depth"]
+"""Cheap recipes first."""
+CLONE = "gramian.models.clone:clone"
+"""Trains from the start: no part of a comparison without training."""
+
+
+class Small:
+    """The model, calibrated on the topics that it was trained on, measured on 160 paragraphs of others."""
+
+    def __init__(self, directory: Path) -> None:
+        self.loaded = load_model(str(directory), None)
+        self.model = self.loaded.model
+        corpus = self.loaded.corpus
+        order = np.random.RandomState(0).permutation(len(corpus.held_out))[:160]
+        self.calibration = self.loaded.workload(corpus.calibration)
+        self.held_out = self.loaded.workload([corpus.held_out[i] for i in order])
+
+    @cached_property
+    def grams(self) -> Grams:
+        """Collected once for all."""
+        return gramian.collect(self.model, self.calibration, exclude=self.loaded.heads)
+
+    def compress(self, **options: Any) -> nn.Module:
+        """By ``gramian.compress`` with the common Grams."""
+        return gramian.compress(self.model, self.calibration, grams=copy.copy(self.grams), **options)
+
+    def score(self, small: nn.Module) -> dict[str, float]:
+        """Predictions on the held-out text."""
+        found = language_agreement(self.model, small, self.held_out)
+        rise = found["perplexity_after"] - found["perplexity_before"]
+        return {**{key: round(value, 5) for key, value in found.items()}, "rise": round(rise, 5)}
+
+    def share(self, small: nn.Module) -> float:
+        """Of the linear layers' parameters, what is left."""
+        names = tuple(f"{name}." for name in find_layers(self.model, exclude=self.loaded.heads).layers)
+        before, after = (
+            sum(p.numel() for name, p in m.named_parameters() if name.startswith(names)) for m in (self.model, small)
+        )
+        return round(after / before, 4)
+
+
+class Results:
+    """What is known so far, on disk after every row."""
+
+    def __init__(self) -> None:
+        path = RESULTS / "language.json"
+        self.rows: dict[str, Any] = json.loads(path.read_text())["results"] if path.is_file() else {}
+
+    def keep(self, section: str, key: str, row: dict[str, Any]) -> None:
+        """Add a row, print and write."""
+        print(section, key, row, flush=True)
+        self.rows.setdefault(section, {})[key] = row
+        write("language", self.rows)
+
+
+def quality(small: Small, results: Results) -> None:
+    chosen = [r.name for r in RECIPES.values() if "params" in r.costs and r.layers == "linear" and r.run != CLONE]
+    for keep in KEEPS:
+        for recipe in sorted(chosen, key=order):
+            start = time.process_time()
+            try:
+                made = small.compress(recipe=recipe, keep=keep, cost="params")
+            except GramianError as error:
+                results.keep("quality", f"{recipe} {keep}", {"refused": str(error)})
+                continue
+            row = {**small.score(made), "kept": small.share(made), "seconds": round(time.process_time() - start, 1)}
+            results.keep("quality", f"{recipe} {keep}", row)
+
+
+def order(name: str) -> int:
+    """Cheap ones first."""
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+def healed(small: Small, results: Results) -> None:
+    """`HEALING` seconds of processor time, whatever a step costs: the steps are counted on a few first."""
+    for keep in KEEPS:
+        made = small.compress(recipe="auto", keep=keep, cost="params")
+        before = dict(small.model.named_modules())
+        changed = [n for n, m in made.named_modules() if hasattr(m, "gramian_origin") and n in before]
+        start = time.process_time()
+        heal(copy.deepcopy(made), small.model, changed, small.calibration, Healing(steps=5, rate=RATE))
+        steps = max(20, int(5 * HEALING / (time.process_time() - start)))
+        start = time.process_time()
+        heal(made, small.model, changed, small.calibration, Healing(steps=steps, rate=RATE))
+        seconds = round(time.process_time() - start, 1)
+        row = {**small.score(made), "kept": small.share(made), "steps": steps, "seconds": seconds}
+        results.keep("heal", f"auto {keep}", row)
+
+
+def in_bytes(small: Small, results: Results) -> None:
+    half = copy.deepcopy(small.model).to(torch.bfloat16)
+    grams = small.grams
+    uniform = {
+        "higgs, 4 bits everywhere": {"bits": 4, "feedback": False, "scaling": "rms"},
+        "nearest level with Gram feedback, 4 bits everywhere": {"bits": 4, "rotate": False, "grid": "uniform"},
+    }
+    names = list(grams)
+    made: dict[str, nn.Module] = {}
+    for label, size in uniform.items():
+        plan = Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in names])
+        made[label] = gramian.compress(half, plan, grams=grams)
+    for recipe in ("auto", "higgs"):
+        made[recipe] = gramian.compress(half, small.calibration, grams=grams, recipe=recipe, keep=BYTES, cost="bytes")
+    before = sum(p.numel() * 2 for n, p in half.named_parameters() if n.removesuffix(".weight") in names)
+    starts = tuple(f"{name}." for name in names)
+    for label, model in made.items():
+        state = model.state_dict()
+        stored = sum(t.numel() * t.element_size() for n, t in state.items() if n.startswith(starts))
+        results.keep("bytes", label, {**small.score(model.float()), "bytes": round(stored / before, 4)})
+
+
+def speed(small: Small, results: Results) -> None:
+    made = small.compress(recipe="auto", keep=0.5, cost="flops")
+    prompt = small.loaded.random_batch(1, 16)
+    tokens = 48
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    taken: list[list[float]] = [[], []]
+    with torch.inference_mode():
+        for repeat in range(9):
+            for which, model in enumerate((small.model, made)):
+                start = time.process_time()
+                model.generate(**prompt, **options)
+                if repeat > 1:
+                    taken[which].append(time.process_time() - start)
+    before, after = (sorted(t)[len(t) // 2] for t in taken)
+    row = {"before": tokens / before, "after": tokens / after, "ratio": before / after}
+    kinds: dict[str, int] = {}
+    for module in made.modules():
+        if hasattr(module, "gramian_origin"):
+            kind = getattr(getattr(module, "op", None), "kind", "narrower")
+            kinds[kind] = kinds.get(kind, 0) + 1
+    rounded = {key: round(value, 3) for key, value in row.items()}
+    results.keep("speed", "auto, half the FLOPs", {**rounded, **small.score(made), "layers": kinds})
+
+
+SECTIONS = {"quality": quality, "heal": healed, "bytes": in_bytes, "speed": speed}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    wanted = [a for a in arguments if a in SECTIONS] or list(SECTIONS)
+    folders = [a for a in arguments if a not in SECTIONS]
+    if folders:
+        directory = Path(folders[0])
+    else:
+        from small_llama import small_llama
+
+        directory = small_llama()
+    small, results = Small(directory), Results()
+    results.keep("model", "original", small.score(small.model))
+    for section in wanted:
+        SECTIONS[section](small, results)
+
+
+if __name__ == "__main__":
+    main()
