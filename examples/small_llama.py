@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from gramian.execution.calibration import cache_file
 from gramian.models.data import python_topics
+from gramian.sequence.models import train_tokenizer as byte_pair_tokenizer
 
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "pydoc_data"}
 SHAPE = {
@@ -76,21 +77,10 @@ def texts() -> tuple[list[str], list[str]]:
 
 def train_tokenizer(paragraphs: list[str], vocabulary: int) -> Any:
     """A byte-level byte-pair tokenizer that begins every text with <s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(paragraphs, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_pair_tokenizer(paragraphs, vocabulary),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",

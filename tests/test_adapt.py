@@ -1008,3 +1008,12 @@ def test_a_model_with_adapters_does_not_load_as_one_without(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(RuntimeError, match="mismatch"):
         t.BertForSequenceClassification.from_pretrained(tmp_path / "model")
+
+
+def test_merging_what_was_not_trained_loses_nothing() -> None:
+    from gramian.adapt import recipe
+
+    model = net()
+    before = model[0].weight.detach().clone()
+    assert attach(model, recipe("pissa"), rank=2).merge().worst == 0
+    torch.testing.assert_close(model[0].weight, before, rtol=0, atol=1e-6)

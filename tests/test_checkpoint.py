@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from gramian.errors import GramianError
-from gramian.models.checkpoint import atomic_directory, describe, load_into, save
+from gramian.files import atomic_directory
+from gramian.models.checkpoint import describe, load_into, save
 from gramian.models.swap import linear_shape, linear_weight, replace_linear
 from gramian.nn import StructuredLinear
 from gramian.ops import BlockLowRank, Dense, KroneckerSum, Operator, Quantized, Skeleton
@@ -401,7 +402,7 @@ def test_a_directory_that_fills_up_meanwhile_is_not_overwritten(tmp_path: Path) 
 def test_a_killed_writer_leaves_no_checkpoint(tmp_path: Path) -> None:
     code = f"""
 import os, signal
-from gramian.models.checkpoint import atomic_directory
+from gramian.files import atomic_directory
 with atomic_directory({str(tmp_path / "out")!r}) as partial:
     (partial / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -23,7 +23,7 @@ from gramian.adapt.adapter import Adapter, Start
 from gramian.adapt.attach import check_name, place
 from gramian.adapt.layer import AdaptedLinear, Edit, base_operator, can_adapt, layer_shape
 from gramian.errors import GramianError, nearest
-from gramian.models.checkpoint import atomic_directory
+from gramian.files import atomic_directory
 from gramian.ops import Operator, from_config
 
 if TYPE_CHECKING:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LIMIT = 0.05
 """Largest share of an update that a merge may lose to rounding without being told that it may."""
+NO_CHANGE = 1e-6
+"""An update smaller than this share of its weight is what rounding leaves of an adapter that was not trained."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ def _merged_layer(name: str, layer: AdaptedLinear, dense: bool) -> tuple[nn.Modu
             )
     after.requires_grad_(False)
     change = float((wanted - old).norm())
-    return after, float((stored.double() - wanted).norm()) / change if change else 0.0
+    if change <= NO_CHANGE * float(old.norm()):
+        return after, 0.0
+    return after, float((stored.double() - wanted).norm()) / change
 
 
 def _with_weight(base: nn.Module, weight: Tensor) -> nn.Module:

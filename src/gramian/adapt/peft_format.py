@@ -25,8 +25,8 @@ from gramian.adapt.combine import COMBINES
 from gramian.adapt.files import base_device, find_bases, read_json, read_tensors
 from gramian.adapt.layer import Edit, base_operator, layer_shape
 from gramian.errors import GramianError
+from gramian.files import atomic_directory
 from gramian.linalg import svd
-from gramian.models.checkpoint import atomic_directory
 from gramian.models.walk import is_conv1d
 from gramian.ops import BlockLowRank, Operator, Product, Scaled, Sum
 

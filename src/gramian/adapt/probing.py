@@ -61,4 +61,5 @@ class MomentProbe(nn.Module):
         weight = torch.ones_like(tokens[..., 0]) if mask is None else mask.to(tokens)
         mean = (weight[..., None] * tokens).sum(1) / weight.sum(1, keepdim=True).clamp_min(1)
         read: Tensor = self.second(self.shrink(self.moments(tokens, mask)).flatten(1))
-        return (read + self.first(mean)) / 2
+        plain: Tensor = self.first(mean)
+        return (read + plain) / 2

@@ -70,7 +70,7 @@ def run_bench(
 
     from gramian.execution.bench import bench, calibrated
     from gramian.execution.calibration import machine
-    from gramian.models.checkpoint import atomic_directory
+    from gramian.files import atomic_directory
     from gramian.report.bench_page import bench_page
 
     with nullcontext() if out is None else atomic_directory(out) as folder:

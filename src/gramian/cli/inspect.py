@@ -42,7 +42,7 @@ def run_inspect(
     Raises:
         GramianError: bad input; nothing has been written then.
     """
-    from gramian.models.checkpoint import atomic_directory
+    from gramian.files import atomic_directory
     from gramian.models.loading import demo_directory
     from gramian.report.inspect_page import inspect_page
     from gramian.spectra import inspect_layer, open_source

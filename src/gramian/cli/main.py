@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from gramian import __version__
+from gramian.cli.adapt import adapt
 from gramian.errors import GramianError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -282,6 +283,9 @@ class _Progress:
         elif self.enabled and stage not in self.tasks:
             self.tasks[stage] = True
             click.echo(f"{name} ...", err=True)
+
+
+cli.add_command(adapt)
 
 
 def main() -> None:

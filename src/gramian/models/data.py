@@ -124,6 +124,23 @@ def standard_library_docstrings() -> list[str]:
     return out
 
 
+def read_text(path: Path) -> str:
+    """What a UTF-8 text file holds.
+
+    Raises:
+        GramianError: the file is missing or binary.
+    """
+    if not path.is_file():
+        raise GramianError(f"--data {path}: no such file; expected a UTF-8 text file")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GramianError(f"--data {path}: not UTF-8 text (byte {error.start}); expected plain text") from None
+    if "\0" in text:
+        raise GramianError(f"--data {path}: binary data; expected plain text")
+    return text
+
+
 def read_corpus(path: str | Path) -> Corpus:
     """A user's text file: paragraphs (separated by blank lines) if it has any, else lines; every tenth is held out.
 
@@ -131,15 +148,7 @@ def read_corpus(path: str | Path) -> Corpus:
         GramianError: the file is missing, binary, or holds no text.
     """
     path = Path(path)
-    if not path.is_file():
-        raise GramianError(f"--data {path}: no such file; expected a UTF-8 text file")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise GramianError(f"--data {path}: not UTF-8 text (byte {error.start}); expected plain text") from None
-    if "\0" in text:
-        raise GramianError(f"--data {path}: binary data; expected plain text")
+    text = read_text(path)
     texts = [block for block in _paragraphs(text) if block]
     if len(texts) < 2:
         texts = [" ".join(line.split()) for line in text.splitlines() if line.strip()]

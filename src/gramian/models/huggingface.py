@@ -29,7 +29,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gramian import __version__
 from gramian.errors import GramianError, nearest
-from gramian.models.checkpoint import SCHEMA, Layers, atomic_directory, build, check_schema, describe
+from gramian.files import atomic_directory
+from gramian.models.checkpoint import SCHEMA, Layers, build, check_schema, describe
 from gramian.models.ordinary import become_ordinary
 from gramian.models.remote_code import MODULE, remote_code
 from gramian.models.swap import conv1d, linear_shape, origin, own_dtypes, swap

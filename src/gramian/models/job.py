@@ -57,7 +57,7 @@ from gramian.models.api import (
 from gramian.models.blocks import Shards, find_blocks
 from gramian.models.entries import entry_rows, layer_facts, module_row, nbytes, parameters, restored, stored
 from gramian.models.heal import Healing, heal
-from gramian.models.journal import damaged, disk_error, keep, recall, workspace, write
+from gramian.models.journal import check_out, damaged, disk_errors, keep, recall, workspace, write
 from gramian.models.loading import ENTRIES, Loaded, load_model
 from gramian.models.offload import Offload
 from gramian.models.sentence_encoder import transformer_folder
@@ -156,15 +156,7 @@ class Job:
             raise GramianError(f"--seed {s.seed}: expected 0 to {2**31 - 1}")
         if s.objective not in ("auto", "features", "lm", "none"):
             raise GramianError(f"--objective {s.objective!r}; expected auto, features, lm or none")
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise GramianError(f"--out {self.out} exists and is no directory; remove it or choose another name")
-        if self.out.exists() and any(self.out.iterdir()):
-            raise GramianError(f"--out {self.out} exists and is not empty; remove it or choose another directory")
-        parent = _existing(self.out.absolute().parent)
-        if not parent.is_dir():
-            raise GramianError(f"--out {self.out}: {parent} is a file; choose another directory")
-        if not os.access(parent, os.W_OK):
-            raise GramianError(f"--out {self.out}: no permission to write in {parent}; choose another directory")
+        parent = check_out(self.out)
         chosen = Plan.load(s.plan) if s.plan else None
         self.loaded = load_model(self.model, self.data, skeleton=self.offload or self.max_memory is not None)
         if self.loaded.skeleton and not self.offload and self._memory(whole=True) <= (self.max_memory or 0):
@@ -318,18 +310,10 @@ class Job:
         work = self.out.absolute().parent / f".{self.out.name}.gramian-{fingerprint}"
         if not self.ranks.first:
             return self._help(work, calibration)
-        try:
-            with workspace(work, GRAMS):
-                if self.recipe.run:
-                    return self._whole(work, calibration, started)
-                return (self._stream if self.loaded.skeleton else self._work)(work, calibration, started)
-        except Exception as error:
-            cause = disk_error(error)
-            if cause is None:
-                raise
-            raise GramianError(
-                f"--out {self.out} cannot be written: {cause}; see to that and run the same command again to go on"
-            ) from cause
+        with disk_errors(self.out), workspace(work, GRAMS):
+            if self.recipe.run:
+                return self._whole(work, calibration, started)
+            return (self._stream if self.loaded.skeleton else self._work)(work, calibration, started)
 
     def _work(self, work: Path, calibration: Workload, started: float) -> dict[str, Any]:
         s, loaded = self.settings, self.loaded
@@ -818,12 +802,6 @@ def _check_groups(chosen: Plan, joints: Sequence[Joint]) -> None:
                 f"plan: {entry.structure} of {', '.join(entry.layers)} with {entry.heads} heads fits no group of this model"
                 f"{nearest(f'{entry.structure} of ' + ', '.join(entry.layers), groups)}"
             )
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _free_memory() -> int:

@@ -69,6 +69,43 @@ def disk_error(error: BaseException) -> BaseException | None:
     return next((e for e in (error, error.__cause__) if isinstance(e, OSError | SafetensorError)), None)
 
 
+def check_out(out: Path) -> Path:
+    """Look at a directory for a result before any work: it must not exist, or be empty.
+
+    Returns:
+        The nearest folder above it that exists.
+
+    Raises:
+        GramianError: it is something else, or cannot be written.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise GramianError(f"--out {out} exists and is no directory; remove it or choose another name")
+    if out.exists() and any(out.iterdir()):
+        raise GramianError(f"--out {out} exists and is not empty; remove it or choose another directory")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise GramianError(f"--out {out}: {parent} is a file; choose another directory")
+    if not os.access(parent, os.W_OK):
+        raise GramianError(f"--out {out}: no permission to write in {parent}; choose another directory")
+    return parent
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """An error of the disk becomes a GramianError that says how to go on."""
+    try:
+        yield
+    except Exception as error:
+        cause = disk_error(error)
+        if cause is None:
+            raise
+        raise GramianError(
+            f"--out {out} cannot be written: {cause}; see to that and run the same command again to go on"
+        ) from cause
+
+
 @contextmanager
 def workspace(path: Path, first: str) -> Iterator[None]:
     """The work directory, for one run at a time. An error that would come again takes it along, and so does any error

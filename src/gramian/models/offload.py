@@ -29,10 +29,11 @@ from gramian.compression import Entry, Layer, Plan, make_plan, op_cost, resolve_
 from gramian.compression.allocation import Priced
 from gramian.compression.plan import ItemKey, plan_items, priced_curve, shares_tried
 from gramian.errors import GramianError
+from gramian.files import flush
 from gramian.grams import Grams, Joint, collect_layers
 from gramian.models.api import Progress, apply_built, as_layer, build_all
 from gramian.models.blocks import INDEX, Blocks, Shards, outside, resident, sources, state_of
-from gramian.models.checkpoint import build, describe, flush
+from gramian.models.checkpoint import build, describe
 from gramian.models.entries import entry_rows, layer_facts, restored, stored
 from gramian.models.groups import find_groups
 from gramian.models.journal import damaged, keep, recall, write

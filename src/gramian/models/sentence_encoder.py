@@ -60,7 +60,7 @@ def save_sentence_transformer(
     Raises:
         GramianError: `source` is no such directory, or `directory` is not empty or cannot be written.
     """
-    from gramian.models.checkpoint import atomic_directory
+    from gramian.files import atomic_directory
     from gramian.models.huggingface import write_huggingface
 
     root, inner = Path(source), transformer_folder(source)

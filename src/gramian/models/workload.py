@@ -15,7 +15,7 @@ from gramian.errors import GramianError
 from gramian.grams.collect import Objective
 
 Batch = Any
-LONGEST = 64
+LONGEST = 48
 """Tokens of a recombined sequence, at most."""
 CHANGED = 0.4
 """Most tokens of a recombined text, as a share, that become a neighbour of theirs in the embedding table."""

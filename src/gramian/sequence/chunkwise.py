@@ -52,7 +52,7 @@ def chunkwise_scan(normal: Normal, chunk: int | None = None) -> tuple[Tensor, Te
     fields = (split(read, size // stride), a, w, k, v, g)
     chunks = -(-length // size)
     cached = max(CACHED // max(batch * heads * size * read.shape[-1], 1), 1) if read.device.type == "cpu" else chunks
-    pieces = zip(*([None] * -(-chunks // cached) if x is None else x.split(cached) for x in fields), strict=True)
+    pieces = zip(*([None] * -(-chunks // cached) if x is None else torch.split(x, cached) for x in fields), strict=True)
     state, parts = normal.state.flatten(0, 1), []
     for piece in pieces:
         part, state = _Chunks.apply(*piece, state, normal.after_decay, stride)  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """A small language model: a stack of any sequence mixers with structured feed-forwards, its trainer and its tokenizer.
 
-    h = h + mixer(norm(h));  h = h + feed_forward(norm(h))        in every layer, then a norm and the head
+h = h + mixer(norm(h));  h = h + feed_forward(norm(h))        in every layer, then a norm and the head
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class ModelConfig:
                 "one of each"
             )
         if "kind" not in self.structure:
-            raise GramianError(f"ModelConfig: structure {self.structure}; expected its 'kind', e.g. {{'kind': 'dense'}}")
+            raise GramianError(
+                f"ModelConfig: structure {self.structure}; expected its 'kind', e.g. {{'kind': 'dense'}}"
+            )
 
 
 class FeedForward(nn.Module):
@@ -292,7 +294,7 @@ class Progress:
     Args:
         step: counted from 1.
         loss: mean cross-entropy of the batch, in nats a token.
-        rate: learning rate of the step, of a dense layer.
+        rate: learning rate of the step.
         logits: (batch, time, vocabulary), before the step.
         targets: (batch, time).
     """
@@ -306,15 +308,17 @@ class Progress:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets that are not below 0, in nats. (batch, time, vocabulary) and (batch, time) -> ()."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().clamp_min(-100), ignore_index=-100)
+    wanted = targets.flatten()
+    return F.cross_entropy(logits.flatten(0, 1).float(), wanted.masked_fill(wanted < 0, -100))  # -100: not counted
 
 
 def train(
-    model: SequenceModel,
+    model: nn.Module,
     batches: Batches,
     *,
     steps: int,
     rate: float = 1e-3,
+    parameters: list[dict[str, Any]] | None = None,
     warm_up: float = 0.1,
     weight_decay: float = 0.01,
     clip: float = 1.0,
@@ -323,10 +327,13 @@ def train(
     """AdamW with linear warm-up, then a cosine to zero; gradients are clipped. Same seeds, same result.
 
     Args:
-        model: trained in place. Structured layers have their own learning rates (``gramian.nn.parameter_groups``).
+        model: trained in place; a ``SequenceModel``, or any that gives logits, or a tuple or mapping that begins with them.
         batches: from ``text_batches``, or any function of the step.
         steps: of the optimiser.
         rate: largest learning rate.
+        parameters: groups for the optimiser, each with its largest "lr", for training a part of the model (an adapter's
+            ``parameter_groups``); by default all, structured layers with rates of their own
+            (``gramian.nn.parameter_groups``).
         warm_up: share of the steps.
         weight_decay: of AdamW, decoupled.
         clip: largest norm of the gradient.
@@ -338,7 +345,8 @@ def train(
     Raises:
         GramianError: the loss is no longer finite.
     """
-    optimiser = torch.optim.AdamW(parameter_groups(model, rate), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    groups = parameter_groups(model, rate) if parameters is None else parameters
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     rising = max(1, round(warm_up * steps))
     peaks = [group["lr"] for group in optimiser.param_groups]
     losses: list[float] = []
@@ -349,18 +357,17 @@ def train(
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = factor * peak
         inputs, targets = batches(step)
-        logits, _ = model(inputs)
+        given = model(inputs)
+        logits = given if isinstance(given, Tensor) else given[0]
         loss = cross_entropy(logits, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise GramianError(f"train: the loss of step {step + 1} is {losses[-1]}; lower the rate ({rate:g})")
-        if progress is not None and progress(
-            Progress(step + 1, losses[-1], factor * rate, logits.detach(), targets)
-        ):
+        if progress is not None and progress(Progress(step + 1, losses[-1], factor * rate, logits.detach(), targets)):
             break
     model.eval()
     return losses
@@ -426,7 +433,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         raise GramianError("train_tokenizer needs the tokenizers library: pip install gramian[hf]") from error
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<s>", "</s>"]
     if vocabulary < len(alphabet) + len(special):
-        raise GramianError(f"train_tokenizer: vocabulary {vocabulary}; expected at least {len(alphabet) + len(special)}")
+        raise GramianError(
+            f"train_tokenizer: vocabulary {vocabulary}; expected at least {len(alphabet) + len(special)}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
