@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +161,14 @@ def test_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reproduced" in capsys.readouterr().out
     with pytest.raises(GramianError, match="did you mean parity"):
         run_reproduce("paritty")
+
+
+def test_every_code_block_of_the_tutorial_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "sequence.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(block, names)
+    assert names["found"]["accuracy"][128]["tokens"] >= 0.99

@@ -26,6 +26,7 @@ def cli() -> None:
     gramian compress --keep 0.5 --out small        a real sentence encoder, half the parameters
     gramian compress MODEL --keep 0.3 --heal 300 --data text.txt --out small
     gramian recipes low rank                       published methods; compress with one by --recipe NAME
+    gramian adapt MODEL --recipe pissa --data text.txt --out adapter
     gramian inspect MODEL --out spectra            a page about the weights' spectra
     gramian bench --calibrate                      teach the cost model this machine
     """  # noqa: D301
@@ -191,6 +192,25 @@ def bench(
             run_bench(out, sizes=sizes, batches=batches, dtypes=dtypes, names=only, json_output=as_json)
 
     _guard(work, as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def reproduce(name: str | None, seed: int, as_json: bool) -> None:
+    """Run a published claim again, in minutes, and print claimed, measured and verdict. Without NAME: list them."""
+    _quiet_threads()
+
+    def work() -> None:
+        from gramian.cli.reproduce import run_reproduce
+
+        run_reproduce(name, json_output=as_json, seed=seed)
+
+    _guard(work, as_json)
+
+
+cli.add_command(adapt)
 
 
 def _guard(work: Callable[[], None], as_json: bool) -> None:

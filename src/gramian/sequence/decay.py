@@ -97,9 +97,15 @@ class ScalarDecay(Decay):
 
     def _factor(self, reads: str) -> Tensor:
         if reads not in self._factors:
-            between = (self._rows[reads][..., None] - self._sums[..., None, :]).to(self._dtype)
-            # Masked before exp: above the diagonal it would overflow.
-            self._factors[reads] = between.masked_fill_(self._keep[reads] == 0, -torch.inf).exp_()
+            keep = self._keep[reads]
+            if reads == "erase" and self.every == 1:
+                self._factors[reads] = self._factor("after") * keep
+            else:
+                rows, columns = self._rows[reads][..., None], self._sums[..., None, :]
+                between = keep.new_empty(*columns.shape[:2], *keep.shape)
+                torch.sub(rows, columns, out=between)
+                # Masked before exp: above the diagonal it would overflow.
+                self._factors[reads] = between.masked_fill_(keep == 0, -torch.inf).exp_()
         return self._factors[reads]
 
     def begin(self, x: Tensor, reads: str) -> Tensor:

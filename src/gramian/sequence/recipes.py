@@ -196,14 +196,18 @@ def delta_product(
     householders: int = 2,
     beta: str = "two_sigmoid",
     gated: bool = True,
+    output_gate: bool = True,
     convolution: int = 4,
     linear: Linear = nn.Linear,
     **scan: Any,
 ) -> SequenceMixer:
     """(Gated) DeltaProduct: n steps of the delta rule a token, so A_t is a product of n Householder matrices.
-    ``beta="hard"`` reaches reflections exactly, which the paper's map only approaches.
+    ``beta="hard"`` reaches reflections exactly, which the paper's map only approaches. Its word problems are run without decay
+    (`gated`) and without `output_gate`.
     """
-    return _delta_product(dim, heads, key_dim, value_dim, householders, beta, gated, convolution, linear, scan)
+    return _delta_product(
+        dim, heads, key_dim, value_dim, householders, beta, gated, convolution, linear, scan, output_gate=output_gate
+    )
 
 
 def _delta_product(
@@ -217,6 +221,8 @@ def _delta_product(
     convolution: int,
     linear: Linear,
     scan: dict[str, Any],
+    *,
+    output_gate: bool = True,
 ) -> SequenceMixer:
     key_dim, value_dim = _sizes(dim, heads, key_dim, value_dim)
     rule = DeltaRule(beta=beta, decay=SelectiveDecay(heads, rates=(0.01, 16.0)) if gated else None, householders=n)
@@ -232,7 +238,7 @@ def _delta_product(
         linear,
         core,
         norm="rms",
-        gate="silu",
+        gate="silu" if output_gate else None,
         convolution=convolution,
         extra=extra,
         copies=n,

@@ -243,6 +243,7 @@ def tracker(
         "householders": factors,
         "beta": beta,
         "gated": False,
+        "output_gate": False,
         "convolution": 0,
     }
     return SequenceModel(ModelConfig(chosen.order + 1, dim, (("delta_product", options),), tied=False))
