@@ -160,7 +160,7 @@ def modules(encoder: Encoder, grams: Grams) -> None:
 
 HEALING = {
     0.7: Healing(steps=800),
-    0.5: Healing(steps=1080),
+    0.5: Healing(steps=880),
     0.3: Healing(steps=500, rate=2e-4),
 }
 """At most ten minutes each on two cores. The more was taken away, the further the factors go: a higher rate."""

@@ -296,7 +296,7 @@ def test_a_mixture_passes_the_gradients_of_its_paper() -> None:
 
 def test_poet_keeps_singular_values_over_merges() -> None:
     model = network(16, 24)
-    before = torch.linalg.svdvals(model[0].weight.double())  # type: ignore[index]
+    before = torch.linalg.svdvals(model[0].weight.detach().double())  # type: ignore[index]
     adapted = attach(model, recipe("poet"), rank=8, include=("0",))
     optimizer = adapted.optimizer(1e-2)
     x = torch.randn(64, 24)

@@ -76,6 +76,9 @@ def _tokens(found: Measured, label: str, length: int) -> float:
 
 
 PARITY = {"train_length": 40, "dim": 32, "batch": 64}
+GROUPS = {"steps": 700, "batch": 128, "rate": 5e-3, "curriculum": True}
+LARGER = {**GROUPS, "batch": 256, "dim": 128, "heads": 4}
+LARGEST = {**LARGER, "batch": 512, "heads": 8, "rate": 4e-3, "steps": 1000}
 FULL, HALF = "eigenvalues in [-1, 1]", "eigenvalues in [0, 1]"
 TWO, ONE = "2 reflections", "1 reflection"
 UNLOCKING = 'Grazzi et al. 2025, "Unlocking state-tracking in linear RNNs through negative eigenvalues"'
@@ -106,7 +109,7 @@ TARGETS = {
             "permutations of three: two reflections a token hold at 8 times the training length (>= 99 % of products), one "
             "does not",
             3.0,
-            _trained({TWO: {"factors": 2, "steps": 300}, ONE: {"factors": 1, "steps": 300}}, "s3", (256,)),
+            _trained({TWO: {"factors": 2, **GROUPS}, ONE: {"factors": 1, **GROUPS}}, "s3", (256,)),
             lambda found: _tokens(found, TWO, 256) >= 0.99 > _tokens(found, ONE, 256),
         ),
         Target(
@@ -114,11 +117,7 @@ TARGETS = {
             PRODUCT,
             "permutations of four, two reflections a token (>= 97 % of products at 8 times the training length)",
             6.0,
-            _trained(
-                {TWO: {"factors": 2, "steps": 800, "batch": 256, "dim": 128, "heads": 4, "curriculum": True}},
-                "s4",
-                (256,),
-            ),
+            _trained({TWO: {"factors": 2, **LARGER}}, "s4", (256,)),
             lambda found: _tokens(found, TWO, 256) >= 0.97,
         ),
         Target(
@@ -126,21 +125,7 @@ TARGETS = {
             PRODUCT,
             "even permutations of five, two reflections a token (>= 97 % of products at 8 times the training length)",
             12.0,
-            _trained(
-                {
-                    TWO: {
-                        "factors": 2,
-                        "steps": 1000,
-                        "batch": 512,
-                        "dim": 128,
-                        "heads": 8,
-                        "rate": 2e-3,
-                        "curriculum": True,
-                    }
-                },
-                "a5",
-                (256,),
-            ),
+            _trained({TWO: {"factors": 2, **LARGEST}}, "a5", (256,)),
             lambda found: _tokens(found, TWO, 256) >= 0.97,
         ),
         Target(

@@ -42,6 +42,11 @@ class RecurrentAttention(nn.Module):
         temperature: of the decay.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, attention: nn.Module, heads: int, *, window: int, share: float, temperature: float) -> None:
         super().__init__()
         for name in PROJECTIONS:
@@ -106,7 +111,7 @@ def _allowed(mask: Tensor) -> Tensor:
 def _layer_class() -> type:
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
-    class RecurrentLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    class RecurrentLayer(DynamicSlidingWindowLayer):  # type: ignore[misc, no-untyped-call]
         """A cache layer that holds a recurrent state and the last keys and values."""
 
         recurrent: tuple[Tensor, ...] = ()
@@ -118,7 +123,7 @@ def _layer_class() -> type:
             super().reset()
             self.recurrent = ()
 
-        def reorder_cache(self, beam_idx: Tensor) -> None:
+        def reorder_cache(self, beam_idx: Any) -> None:
             super().reorder_cache(beam_idx)
             self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -146,7 +151,8 @@ def _layer(cache: Any, index: int, window: int) -> Any:
     while len(cache.layers) <= index:
         cache.layers.append(kind(max(window, 2)))
     if not isinstance(cache.layers[index], kind):
-        if cache.layers[index].get_seq_length():
+        held: Any = cache.layers[index]
+        if held.get_seq_length():
             raise GramianError(
                 "a linearised model cannot go on from the cache of softmax attention; begin with a new one"
             )

@@ -360,7 +360,7 @@ def train(
         given = model(inputs)
         logits = given if isinstance(given, Tensor) else given[0]
         loss = cross_entropy(logits, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

@@ -101,7 +101,8 @@ def _generators(base: str, name: str) -> list[Tensor]:
         eye = torch.eye(int(base[1]), dtype=torch.float64)
         return [eye.roll(1, 0), eye[[1, 0, *range(2, len(eye))]]]
     if base == "s4" and base == name:  # quarter turns of a cube about two axes
-        quarter = torch.block_diag(_turn(math.pi / 2), torch.ones(1, 1, dtype=torch.float64))
+        quarter = torch.eye(3, dtype=torch.float64)
+        quarter[:2, :2] = _turn(math.pi / 2)
         return [quarter, quarter.roll((1, 1), (0, 1))]
     if (
         base == "a5"
@@ -319,7 +320,8 @@ def evaluate(
 
 def _right(model: SequenceModel, chosen: Group, count: int, length: int, generator: torch.Generator) -> Tensor:
     inputs, targets = _framed(*chosen.words(count, length, generator=generator), chosen)
-    return (model(inputs)[0].argmax(-1) == targets)[:, 1:]
+    right: Tensor = model(inputs)[0].argmax(-1) == targets
+    return right[:, 1:]
 
 
 def _pieces(count: int, size: int) -> Iterator[int]:
