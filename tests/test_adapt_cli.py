@@ -38,7 +38,7 @@ def llama_directory(tmp_path_factory: pytest.TempPathFactory, encoder_directory:
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_directory)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("models") / "llama"
@@ -227,7 +227,7 @@ def test_recipes_of_every_kind_run(
     data = split(read_texts(text), tokenizer, longest=32, batch=4)
     assert evaluate(model, data.held_out) == pytest.approx(report["quality"]["after"]["loss"], rel=1e-6)
     if extra[1] == "auto":  # within the budget of plain LoRA
-        sides = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+        sides = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 128)
         assert report["trainable"]["adapter"] <= 2 * 2 * sides  # two blocks, rank 2
     if extra[1] == "moe_lora":
         assert not report["peft"]["written"]
@@ -300,7 +300,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     succeed(launch(*command("whole"), before=PREPARE))
     whole = listing(tmp_path / "whole" / "tuned")
     for i, (moment, code) in enumerate(MOMENTS.items()):
-        if i == 0 and name == "lora_dropout":
+        if name == "lora_dropout" and moment not in ("early", "late"):
             continue
         done = launch(*command(str(i)), before=PREPARE + KILL + code)
         assert done.code == -signal.SIGKILL, (moment, done.err)

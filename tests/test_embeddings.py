@@ -193,8 +193,8 @@ def test_counts_and_gradients_of_real_tokens(twice: bool, with_mask: bool) -> No
 
     times = 2 if twice else 1
     counts, gradient = torch.zeros(90, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for batch, mask in zip(ids, masks, strict=True):
+    for place, (batch, mask) in enumerate(zip(ids, masks, strict=True)):
+        generator = torch.Generator().manual_seed(place)
         real = (batch > 0) & (torch.ones_like(batch, dtype=torch.bool) if mask is None else mask)
         counts += times * torch.bincount(batch[real], minlength=90)
         looked_up = [model.words(batch).detach().requires_grad_() for _ in range(times)]
@@ -270,7 +270,7 @@ def test_low_rank_is_the_two_sided_optimum(encoder: nn.Module, grams: Grams) -> 
     built = build_single(layer, "block_low_rank", {"rank": 16, "blocks": [1, 1]})
     op = built.layers[WORDS][0]
     error = reference_error(layer, op.dense())
-    assert built.error[WORDS] == pytest.approx(error, rel=1e-9)
+    assert built.error[WORDS] == pytest.approx(error, rel=1e-7)
     assert curve[16] == pytest.approx(error, rel=1e-4)
     # Whiten both sides by hand: Eckart and Young say what no other matrix of rank 16 can beat.
     g, f = layer.gram_in, layer.gram_out

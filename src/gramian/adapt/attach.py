@@ -622,10 +622,15 @@ def _statistics(
     if any(needs[name] & {"gram_in", "gram_out"} for name in layers) and grams is None:
         if batches is None:
             raise GramianError("this adapter's start uses Grams; pass data=... (or grams=gramian.collect(...))")
-        from gramian.models.api import collect
+        from gramian.grams.collect import collect_layers
+        from gramian.models.workload import tensor_workload
 
-        objective = "auto" if any("gram_out" in needs[name] for name in layers) else "none"
-        grams = collect(model, batches, objective=objective, include=list(layers), seed=seed).layers
+        wanted = {name: module for name, module in layers.items() if needs[name] & {"gram_in", "gram_out"}}
+        work = tensor_workload(batches)
+        objective = work.objective("features" if any("gram_out" in needs[name] for name in wanted) else "none")
+        grams = collect_layers(
+            model, wanted, batches, run=work.run, objective=objective, mask=work.mask, seed=seed
+        ).layers
     for name in layers:
         if needs[name] & {"gram_in", "gram_out"} and (grams is None or name not in grams):
             raise GramianError(

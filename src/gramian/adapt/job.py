@@ -35,8 +35,9 @@ from gramian.adapt.recipes import RECIPES, recipe
 from gramian.adapt.task import DESCRIPTION, HEAD, TaskModel, accuracy, calibration, open_task, read_texts, split
 from gramian.adapt.train import Trained, Training, evaluate, fine_tune
 from gramian.errors import GramianError, nearest
+from gramian.grams.collect import collect_layers
 from gramian.linalg import svdvals
-from gramian.models.api import Progress, collect
+from gramian.models.api import Progress
 from gramian.models.job import finite
 from gramian.models.journal import check_out, disk_errors, keep, recall, workspace, write
 
@@ -287,9 +288,17 @@ class AdaptJob:
             else:
                 grams = None
                 if self.method.needs & {"gram_in", "gram_out"}:
-                    objective = "features" if "gram_out" in self.method.needs else "none"
-                    found = collect(model, calibration(batches), objective=objective, include=self.layers, seed=s.seed)
-                    grams = found.layers
+                    plain = calibration(batches)
+                    objective = plain.objective("features" if "gram_out" in self.method.needs else "none")
+                    grams = collect_layers(
+                        model,
+                        {name: model.get_submodule(name) for name in self.layers},
+                        plain.batches,
+                        run=plain.run,
+                        objective=objective,
+                        mask=plain.mask,
+                        seed=s.seed,
+                    ).layers
                 made = attach(
                     model,
                     self.method,

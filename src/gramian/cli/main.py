@@ -305,9 +305,6 @@ class _Progress:
             click.echo(f"{name} ...", err=True)
 
 
-cli.add_command(adapt)
-
-
 def main() -> None:
     """Entry point of the ``gramian`` command."""
     cli(prog_name="gramian")

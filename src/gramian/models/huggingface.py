@@ -260,6 +260,7 @@ def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **othe
     Of a model on the meta device all but the weights is written. A model that is just a smaller one of its class (fewer
     blocks, narrower everywhere alike) is written as such, and loads without gramian.
     """
+    _check(model)
     become_ordinary(model)
     if not describe(model) and getattr(model.config, "quantization_config", None) is None:
         model.save_pretrained(directory)

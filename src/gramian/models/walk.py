@@ -117,7 +117,9 @@ def find_layers(
                         {"name": f"{name}.{key}", "reason": f"{kind} of {type(module).__name__}, not a linear layer"}
                     )
     if not found.layers and not found.embeddings:
-        raise GramianError("nothing to compress: no linear layer is left after include and exclude")
+        small = [entry["name"] for entry in found.left_alone if entry["reason"].startswith("small")]
+        why = f"; {small[0]} is too small (fewer than {smallest} entries)" if small else ""
+        raise GramianError(f"nothing to compress: no linear layer is left after include and exclude{why}")
     return found
 
 
