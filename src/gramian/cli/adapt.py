@@ -81,7 +81,7 @@ def run_adapt(
     from gramian.cli.main import _Progress
     from gramian.models.job import finite
 
-    lists = {key: tuple(given[key]) for key in ("include", "exclude") if key in given}
+    lists: dict[str, Any] = {key: tuple(given[key]) for key in ("include", "exclude") if key in given}
     settings = Settings(options=_options(options), **{**given, **lists})
     if dry_run:
         facts = AdaptJob(model, data, Path(out), settings).check()

@@ -122,7 +122,8 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
         start = time.perf_counter()
         share = (until * budget - (start - begun)) / ROUNDS
-        shapes, first = [], []
+        shapes: list[MatrixProduct] = []
+        first: list[float] = []
         while len(shapes) < 24 or (time.perf_counter() - start < share and len(shapes) < 400):
             shapes.append(random_product(r, dtype, largest))
             first.append(time_product(shapes[-1]))

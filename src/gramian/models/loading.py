@@ -146,7 +146,8 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
     cls = getattr(transformers, named, None)
     cls = cls if hasattr(cls, "from_pretrained") else transformers.AutoModel
     if skeleton:
-        loaded, missing = _loading(f"MODEL {directory}", _Skeleton(cls), inner), []
+        missing: list[str] = []
+        loaded = _loading(f"MODEL {directory}", _Skeleton(cls), inner)
     else:
         loaded, missing, mismatched = read_model(directory, inner, cls)
         check_shapes(directory, mismatched)
