@@ -115,13 +115,13 @@ def _budget(layers: Sequence[Json]) -> str:
         prefix = common_prefix(list(groups))
         shown = list(groups.items())[:_MOST_GROUPS]
         rest = len(groups) - len(shown)
-        for what, key, power, whole, colour in (
+        for what, entry, power, whole, colour in (
             ("trainable parameters", "trainable", 1, total, COLOURS[0]),
             ("squared norm of the change", "change_norm", 2, energy, COLOURS[1]),
         ):
             rows = []
             for name, members in shown:
-                share = sum((layer[key] or 0.0) ** power for layer in members) / whole if whole else 0.0
+                share = sum((float(layer[entry] or 0.0)) ** power for layer in members) / whole if whole else 0.0
                 rows.append(Bar(name[len(prefix) :] or name, [Part(share, colour, what)], percent(share)))
             subtitle = f"share of the {what}" + (f"; {rest} more are in report.json" if rest else "")
             figures.append(bars(rows, title=title, subtitle=subtitle))
