@@ -214,7 +214,7 @@ def test_clone_is_an_ordinary_narrower_model(trained: Any, tmp_path: Path) -> No
     # More of the width and no training to speak of: nearer from the start.
     wider = clone(model, data, keep=0.92, heal_steps=1)
     assert wider.config.hidden_size == 88
-    assert language_agreement(model, wider, unseen)["divergence"] < start["divergence"]
+    assert language_agreement(model, wider, unseen)["divergence"] < 0.75 * start["divergence"]
 
 
 def test_clone_refuses_what_it_cannot_do() -> None:

@@ -188,8 +188,8 @@ def _directions(model: nn.Module, workload: Workload, wide: int, narrow: int) ->
             moment = gram.moment()
             total += moment / moment.diagonal().sum().clamp_min(1e-300)
     values, vectors = eigh(total)
-    share = float(values[-narrow:].sum() / values.sum())
-    return vectors[:, -narrow:].flip(1), math.sqrt(wide / narrow * share)
+    share = float(values[:narrow].sum() / values.sum())
+    return vectors[:, :narrow], math.sqrt(wide / narrow * share)
 
 
 def _projected(
