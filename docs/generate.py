@@ -81,30 +81,47 @@ def recipes() -> str:
 
 
 def claims() -> str:
-    """One line for every claim that was run."""
+    """A table of all claims that were run, then a section with the numbers of each."""
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((HERE.parent / "claims" / "results").glob("*.json"))
+    }
     lines = [
         MADE,
         "# Claims of the papers, run again",
         "",
-        "Each at laptop scale, by `claims/NAME.py`; the numbers are in `claims/results/NAME.json`.",
+        "Each at laptop scale, by `claims/NAME.py` (`make claims` runs all); the numbers are in `claims/results/NAME.json`.",
         "",
-        "| claim | paper | claimed | measured | verdict |",
-        "|---|---|---|---|---|",
+        "| name | claim, as tested | verdict |",
+        "|---|---|---|",
     ]
-    for path in sorted((HERE.parent / "claims" / "results").glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        cells = [f"{found['claim']} (`{path.stem}`)", found["paper"], flat(found["claimed"]), flat(found["measured"])]
-        lines.append(f"| {' | '.join(cells)} | **{found['verdict']}** |")
+    lines += [f"| [{name}](#{name}) | {claim['claim']} | **{claim['verdict']}** |" for name, claim in found.items()]
+    for name, claim in found.items():
+        lines += ["", f"## {name}", "", f"**{claim['verdict'].capitalize()}.** {claim['paper']}", ""]
+        lines += ["Claimed:", "", *entries(claim["claimed"]), "", "Measured:", "", *entries(claim["measured"])]
     return "\n".join(lines) + "\n"
 
 
+def entries(value: Any, depth: int = 0) -> list[str]:
+    """Nested results as a list; what holds nothing nested is one line."""
+    if not isinstance(value, dict) or depth and not any(isinstance(inner, dict) for inner in value.values()):
+        return [f"{'    ' * depth}- {flat(value)}"]
+    lines = []
+    for key, inner in value.items():
+        if isinstance(inner, dict) and any(isinstance(x, dict) for x in inner.values()):
+            lines += [f"{'    ' * depth}- {key}:", *entries(inner, depth + 1)]
+        else:
+            lines.append(f"{'    ' * depth}- {key}: {flat(inner)}")
+    return lines
+
+
 def flat(value: Any) -> str:
-    """Nested results as text."""
+    """On one line."""
     if isinstance(value, dict):
-        return "; ".join(f"{key}: {flat(inner)}" if not isinstance(inner, dict) else f"{key} ({flat(inner)})"
-                         for key, inner in value.items())  # fmt: skip
+        return ", ".join(f"{key} {flat(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        return ", ".join(flat(inner) for inner in value)
+        between = "; " if any(isinstance(inner, dict) for inner in value) else ", "
+        return between.join(map(flat, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

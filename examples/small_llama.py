@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from gramian.execution.calibration import cache_file
 from gramian.models.data import python_topics
+from gramian.models.journal import keep, recall
 from gramian.sequence.models import train_tokenizer as byte_pair_tokenizer
 
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "pydoc_data"}
@@ -187,15 +188,22 @@ def small_llama(
 
     partial = directory.with_name(f".{directory.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    state = partial / "training.pt"
+    state = partial / "training.sealed"
     first = 0
-    if state.is_file():
-        known = torch.load(state, weights_only=True)
-        if known["settings"] == digest.hexdigest():
-            first = known["step"]
-            model.load_state_dict(known["model"])
-            for optimiser, saved in zip(optimisers, known["optimisers"], strict=True):
-                optimiser.load_state_dict(saved)
+    known = recall(state)
+    if known is not None and known[1]["settings"] == digest.hexdigest():
+        tensors, first = known[0], known[1]["step"]
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(tensors[f"model|{name}"])
+        for number, optimiser in enumerate(optimisers):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                kind, _, rest = key.partition("|")
+                if kind == str(number):
+                    index, _, name = rest.partition("|")
+                    moments.setdefault(int(index), {})[name] = tensor
+            optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
     rates = [optimiser.param_groups[0].setdefault("initial_lr", optimiser.defaults["lr"]) for optimiser in optimisers]
     for step in range(first, steps):
         decay = min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
@@ -209,9 +217,11 @@ def small_llama(
         if progress is not None:
             progress(step + 1, float(loss.detach()))
         if (step + 1) % every == 0 and step + 1 < steps:
-            content = {"step": step + 1, "settings": digest.hexdigest(), "model": model.state_dict()}
-            torch.save({**content, "optimisers": [o.state_dict() for o in optimisers]}, state.with_suffix(".new"))
-            os.replace(state.with_suffix(".new"), state)
+            tensors = {f"model|{name}": p for name, p in model.named_parameters()}
+            for number, optimiser in enumerate(optimisers):
+                for index, moments in optimiser.state_dict()["state"].items():
+                    tensors |= {f"{number}|{index}|{name}": tensor for name, tensor in moments.items()}
+            keep(state, tensors, {"step": step + 1, "settings": digest.hexdigest()})
     state.unlink(missing_ok=True)
     model.eval().save_pretrained(partial)
     tokenizer.save_pretrained(partial)

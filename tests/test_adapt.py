@@ -514,12 +514,12 @@ def test_merge_gives_the_same_outputs_and_unmerge_the_same_bits(method: str) -> 
     adapted = attach(model, METHODS[method], rank=3)
     moved(adapted, 0.2)
     before, x = digest(model), torch.randn(9, 16)
-    y = model(x)
+    y, exact = model(x), copy.deepcopy(model).double()(x.double())
     report = adapted.merge()
     assert type(model[0]) is nn.Linear
     assert set(report.loss) == {"0", "2"}
     assert report.worst < 1e-5
-    assert (model(x) - y).abs().max() <= 2e-6 * y.abs().max()
+    assert (model(x) - exact).abs().max() <= 1e-6 * exact.abs().max()
     assert "0: 0.00% of the update" in str(report)
     with pytest.raises(GramianError, match="merged already"):
         adapted.merge()

@@ -432,6 +432,15 @@ def test_half_precision_inputs_keep_a_float32_state() -> None:
     assert error(found.float(), wanted) <= 0.05
 
 
+def test_autocast_leaves_the_state_in_float32() -> None:
+    q, _k, v, start = streams(1, 130, 2, torch.float32)
+    made = transition("householder @ scalar", 1, 130, 2, torch.float32)
+    wanted = scan(made, v, q, start)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scan(made, v, q, start)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_constant_reads_and_keys_run_as_one_convolution() -> None:
     time, heads, size = 50, 3, 4
     gen = torch.Generator().manual_seed(0)

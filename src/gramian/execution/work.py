@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from gramian.ops import Operator
 
@@ -92,8 +93,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.steps.append(Pass("view", 0, False, args[0].dtype))
             return result
         tensors = [a for a in _flat(args) if isinstance(a, Tensor)]
+        formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
         if name in _PRODUCTS:
             self.steps.append(_product(name, tensors))
+        elif formula is not None:  # an operation of our own that goes by index: a read and a write a multiply-add
+            flops = int(formula(*args, **kwargs, out_val=result))
+            self.steps.append(Pass("gather", flops * result.element_size(), True, result.dtype))
         else:
             made = [r for r in _flat(result) if isinstance(r, Tensor)]
             if made and not (len(made) == 1 and any(made[0] is t for t in tensors) and not func._schema.is_mutable):

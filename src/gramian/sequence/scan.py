@@ -70,6 +70,10 @@ def scan(
     if method not in METHODS:
         raise GramianError(f"scan: method {method!r}{nearest(method, METHODS)}; expected one of {', '.join(METHODS)}")
     key, value = write if isinstance(write, tuple) else (None, write)
+    if torch.is_autocast_enabled(value.device.type):  # a state in half precision would lose what it is to carry
+        rest = {"chunk": chunk, "reverse": reverse, "mask": mask, "segments": segments, "check": check}
+        with torch.autocast(value.device.type, enabled=False):
+            return scan(transition, write, read, state, method, **rest)  # type: ignore[arg-type]
     mask = None if mask is None else mask.bool()
     problem = Problem.make(transition, key, value, read, state)
     if check:
