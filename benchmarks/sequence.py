@@ -33,7 +33,7 @@ from gramian.sequence import (
 
 HEADS, WIDTH = 4, 64
 LENGTHS = (512, 1024, 2048, 8192)
-REPEATS = {512: 9, 1024: 9, 2048: 9, 8192: 3}
+REPEATS = {512: 9, 1024: 9, 2048: 9, 8192: 7}
 
 
 def inputs(length: int) -> dict[str, Tensor]:

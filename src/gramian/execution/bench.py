@@ -89,9 +89,8 @@ def zoo(n: int, seed: int = 0) -> dict[str, Operator]:
     return out
 
 
-def peak_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a large dense product: the best that this machine does."""
-    n = 1024
+def peak_rate(dtype: torch.dtype, n: int = 1024) -> float:
+    """Operations a second of a dense product of n x n matrices; of large ones: the best that this machine does."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     return 2 * n**3 / min(best_seconds(partial(torch.mm, a, b)) for _ in range(3))
 

@@ -96,9 +96,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
         if name in _PRODUCTS:
             self.steps.append(_product(name, tensors))
-        elif formula is not None:  # an operation of our own that goes by index: a read and a write a multiply-add
+        elif formula is not None:  # an operation of our own that goes entry by entry: it reads a number a multiply-add
             flops = int(formula(*args, **kwargs, out_val=result))
-            self.steps.append(Pass("gather", flops * result.element_size(), True, result.dtype))
+            self.steps.append(Pass(name, flops // 2 * result.element_size(), False, result.dtype))
         else:
             made = [r for r in _flat(result) if isinstance(r, Tensor)]
             if made and not (len(made) == 1 and any(made[0] is t for t in tensors) and not func._schema.is_mutable):
