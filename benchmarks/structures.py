@@ -131,7 +131,7 @@ def reference() -> float:
     return 2 * 1024**3 / min(best_seconds(partial(torch.mm, a, a)) for _ in range(20))
 
 
-def model(attempts: int = 4) -> None:
+def model(attempts: int = 2) -> None:
     """Calibrate, then predict unseen products and structured layers, and which of two is faster.
 
     A shared machine changes its speed under way, by up to a factor of two. That no calibration can foresee: a run in which

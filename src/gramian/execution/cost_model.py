@@ -165,7 +165,7 @@ class CostModel:
     def seconds(self, steps: Iterable[Step]) -> float:
         """Predicted seconds of the steps, one after the other."""
         steps = list(steps)
-        total = sum(self._pass(step) for step in steps if isinstance(step, Pass))
+        total = sum(step.count * self._pass(step) for step in steps if isinstance(step, Pass))
         by_dtype: dict[str, list[MatrixProduct]] = {}
         for step in steps:
             if isinstance(step, MatrixProduct):

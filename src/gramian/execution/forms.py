@@ -18,6 +18,10 @@ from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection
 DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
 
+LEAST_GAIN = 0.9
+"""With one: leave the plain dense product for another form only where that takes at most this share of its time. Predictions
+are off by about as much."""
+
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
 
@@ -138,6 +142,9 @@ def choose(
     light = op.to("meta")
     ranked = [(predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(candidates(light, dtype))]
     seconds, _, form = min(ranked)
+    plain = next(row for row in ranked if row[2] == Form(True, False, dtype))
+    if seconds > LEAST_GAIN * plain[0]:
+        seconds, _, form = plain
     return form, seconds
 
 

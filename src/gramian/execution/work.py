@@ -60,12 +60,14 @@ class Pass:
         nbytes: read and written.
         scattered: reads or writes along an axis that is not contiguous, or through an index.
         dtype: of the result.
+        count: how often, over the same memory.
     """
 
     name: str
     nbytes: int
     scattered: bool
     dtype: torch.dtype
+    count: int = 1
 
 
 Step = MatrixProduct | Pass
@@ -96,9 +98,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
         if name in _PRODUCTS:
             self.steps.append(_product(name, tensors))
-        elif formula is not None:  # an operation of our own that goes entry by entry: it reads a number a multiply-add
-            flops = int(formula(*args, **kwargs, out_val=result))
-            self.steps.append(Pass(name, flops // 2 * result.element_size(), False, result.dtype))
+        elif formula is not None:
+            # An operation of our own that goes entry by entry: a number is read a multiply-add, over and over from what it
+            # multiplies.
+            nbytes = int(formula(*args, **kwargs, out_val=result)) // 2 * result.element_size()
+            once = max(1, _held(tensors[0]))
+            self.steps.append(Pass(name, min(once, nbytes), False, result.dtype, -(-nbytes // once)))
         else:
             made = [r for r in _flat(result) if isinstance(r, Tensor)]
             if made and not (len(made) == 1 and any(made[0] is t for t in tensors) and not func._schema.is_mutable):
