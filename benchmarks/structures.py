@@ -23,7 +23,7 @@ from torch import nn
 from common import write
 from gramian.execution import calibrate, candidates, choose, forget, predicted, save
 from gramian.execution.bench import bench, interleaved, peak_rate, zoo
-from gramian.execution.calibration import best_seconds, random_product, time_product
+from gramian.execution.calibration import Pace, best_seconds, random_product, time_product
 from gramian.nn import FeatureMajor, StructuredLinear
 from gramian.ops import Blast, BlockLowRank, structure
 
@@ -73,7 +73,9 @@ def rectangular() -> dict[str, float]:
                     took = interleaved({"dense": partial(F.linear, x, weight), "chosen": partial(kernel, x, None)})
                 label = f"{kind} {out} x {in_} B={batch}"
                 found[label] = round(took["dense"] / took["chosen"], 3)
-                print(f"{label:<36} chosen {found[label]:6.2f}x ({'dense' if form.dense else 'structured'})", flush=True)
+                print(
+                    f"{label:<36} chosen {found[label]:6.2f}x ({'dense' if form.dense else 'structured'})", flush=True
+                )
     return found
 
 
@@ -120,9 +122,10 @@ def training(n: int = 2048, batch: int = 512) -> None:
 
 
 def in_rounds(calls: Sequence[Callable[[], float]], rounds: int = 5) -> list[float]:
-    """The best of what each call measures over rounds of all of them: a busy or slow moment may last for many calls."""
-    found = [[call() for call in calls] for _ in range(rounds)]
-    return [min(values) for values in zip(*found, strict=True)]
+    """The best of what each call measures over rounds of all of them, at the machine's best pace."""
+    pace = Pace()
+    found = [[pace.relative(call()) for call in calls] for _ in range(rounds)]
+    return [pace.least * min(values) for values in zip(*found, strict=True)]
 
 
 def reference() -> float:

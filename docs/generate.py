@@ -104,7 +104,7 @@ def claims() -> str:
 
 def entries(value: Any, depth: int = 0) -> list[str]:
     """Nested results as a list; what holds nothing nested is one line."""
-    if not isinstance(value, dict) or depth and not any(isinstance(inner, dict) for inner in value.values()):
+    if not isinstance(value, dict) or (depth and not any(isinstance(inner, dict) for inner in value.values())):
         return [f"{'    ' * depth}- {flat(value)}"]
     lines = []
     for key, inner in value.items():

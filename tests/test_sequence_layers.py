@@ -10,9 +10,12 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.nn import StructuredLinear
+from gramian.sequence.cores import Recurrent
 from gramian.sequence.features import PositiveFeatures, gaussian_frequencies
-from gramian.sequence.mixer import GatedRule, Layout, MixerState, Recurrent, SequenceMixer
+from gramian.sequence.inputs import Layout, MixerState
+from gramian.sequence.mixer import SequenceMixer
 from gramian.sequence.recipes import RECIPES, mixer, structured
+from gramian.sequence.rules import GatedRule
 
 DIM, TIME = 16, 37
 OPTIONS: dict[str, dict[str, Any]] = {

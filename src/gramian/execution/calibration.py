@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,8 +26,8 @@ from gramian.execution.work import MatrixProduct
 
 LARGEST_FLOPS = 2e9
 ROUNDS = 3
-"""Every product is measured in this many rounds over all of them, and the best counts: a moment in which the machine is
-busy or slow, which may last for many products, then falls on some rounds of each only."""
+"""Every product is measured in this many rounds over all of them, and the best counts: a busy moment then falls on some
+rounds of each only."""
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -119,6 +120,7 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
 
     r = random.Random(seed)
     passes, strided = _passes(), _strided_penalty()
+    pace = Pace()
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
     for dtype, until in ((torch.bfloat16, 0.25), (torch.float32, 0.9)):
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
@@ -128,11 +130,11 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
         first: list[float] = []
         while len(shapes) < 24 or (time.perf_counter() - start < share and len(shapes) < 400):
             shapes.append(random_product(r, dtype, largest))
-            first.append(time_product(shapes[-1]))
+            first.append(pace.relative(time_product(shapes[-1])))
             tell()
-        others = [[time_product(shape) for shape in shapes] for _ in range(ROUNDS - 1)]
+        others = [[pace.relative(time_product(shape)) for shape in shapes] for _ in range(ROUNDS - 1)]
         tell()
-        seconds = [min(values) for values in zip(first, *others, strict=True)]
+        seconds = [pace.least * min(values) for values in zip(first, *others, strict=True)]
         products[str(dtype).removeprefix("torch.")] = list(zip(shapes, seconds, strict=True))
         passes = {
             kind: [(nbytes, min(a, b)) for (nbytes, a), (_, b) in zip(rows, again, strict=True)]
@@ -142,6 +144,26 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
     model = CostModel(machine(), products, passes, strided)
     model.learn()
     return model
+
+
+class Pace:
+    """How fast the machine is at the moment. On a shared one that changes by up to a factor of two, for minutes, and a
+    measurement says little without it.
+    """
+
+    def __init__(self) -> None:
+        self._a = torch.ones(192, 192)
+        self._recent: deque[float] = deque(maxlen=5)
+        self.least = math.inf
+        """Seconds of the reference product at the machine's best."""
+
+    def relative(self, seconds: float) -> float:
+        """What was just measured, in units of the reference product at this moment."""
+        with torch.inference_mode():
+            self._recent.append(best_seconds(lambda: self._a @ self._a, at_least=1e-4))
+        now = statistics.median(self._recent)
+        self.least = min(self.least, now)
+        return seconds / now
 
 
 def _affordable(dtype: torch.dtype) -> float:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.models.walk import matches
+from gramian.sequence.cores import Recurrent
 from gramian.sequence.features import softmax
-from gramian.sequence.mixer import GatedRule, Layout, Recurrent, SigmoidDecay
+from gramian.sequence.inputs import Layout
+from gramian.sequence.rules import GatedRule, SigmoidDecay
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -1,8 +1,9 @@
 """Linear recurrences, state-space models and linear attention: one scan over structured transition matrices."""
 
 from gramian.sequence.associative import linear_recurrence
+from gramian.sequence.inputs import MixerState
 from gramian.sequence.long_convolution import causal_convolution
-from gramian.sequence.mixer import MixerState, SequenceMixer
+from gramian.sequence.mixer import SequenceMixer
 from gramian.sequence.parallel import combine, parallel_scan, summary
 from gramian.sequence.recipes import RECIPES, mixer, structured
 from gramian.sequence.scan import scan, step

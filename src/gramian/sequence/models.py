@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.files import atomic_directory
 from gramian.nn import parameter_groups, structured
-from gramian.sequence.mixer import MixerState, SequenceMixer
+from gramian.sequence.inputs import MixerState
+from gramian.sequence.mixer import SequenceMixer
 from gramian.sequence.recipes import mixer
 from gramian.sequence.recipes import structured as structured_projections
 

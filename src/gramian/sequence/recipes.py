@@ -19,23 +19,11 @@ from gramian.errors import GramianError, nearest
 from gramian.nn import structured as structured_layer
 from gramian.ops import fourier_blocks
 from gramian.sequence import features as maps
+from gramian.sequence.cores import BlockAttention, Core, Filter, Recurrent, ThirdOrder
+from gramian.sequence.inputs import Inputs
 from gramian.sequence.long_convolution import FiniteFilter, GaborKernel, ImplicitKernel, LongKernel
-from gramian.sequence.mixer import (
-    BlockAttention,
-    ConstantDecay,
-    Core,
-    DeltaRule,
-    Filter,
-    GatedRule,
-    GooseRule,
-    Inputs,
-    Output,
-    Recurrent,
-    SelectiveDecay,
-    SequenceMixer,
-    SigmoidDecay,
-    ThirdOrder,
-)
+from gramian.sequence.mixer import Output, SequenceMixer
+from gramian.sequence.rules import ConstantDecay, DeltaRule, GatedRule, GooseRule, SelectiveDecay, SigmoidDecay
 from gramian.sequence.state_space import DiagonalStateSpace
 
 Linear = Callable[[int, int, bool], nn.Module]
