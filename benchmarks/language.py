@@ -5,7 +5,8 @@
 MODEL is by default the one of examples/small_llama.py (trained when not in the cache, which takes some minutes). quality:
 perplexity and divergence at 70 and 50 % of the linears' parameters, without training. heal: the same with ten minutes of
 training. bytes: at 27 % of the bytes in bfloat16. speed: generation, one sequence with cached keys and values, of the model
-compressed to half the FLOPs; processor time, both models in turn.
+compressed to half the FLOPs; processor time, both models in turn. A row of quality that is in results/language.json already
+is left alone: remove that file to measure all anew.
 """
 
 from __future__ import annotations
@@ -85,20 +86,31 @@ class Results:
     """What is known so far, on disk after every row."""
 
     def __init__(self) -> None:
-        path = RESULTS / "language.json"
-        self.rows: dict[str, Any] = json.loads(path.read_text())["results"] if path.is_file() else {}
+        self.path = RESULTS / "language.json"
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """All rows by section; another process may have added some."""
+        return json.loads(self.path.read_text(encoding="utf-8"))["results"] if self.path.is_file() else {}
+
+    def has(self, section: str, key: str) -> bool:
+        """Whether an earlier run measured it."""
+        return key in self.rows.get(section, {})
 
     def keep(self, section: str, key: str, row: dict[str, Any]) -> None:
         """Add a row, print and write."""
         print(section, key, row, flush=True)
-        self.rows.setdefault(section, {})[key] = row
-        write("language", self.rows)
+        rows = self.rows
+        rows.setdefault(section, {})[key] = row
+        write("language", rows)
 
 
 def quality(small: Small, results: Results) -> None:
     chosen = [r.name for r in RECIPES.values() if "params" in r.costs and r.layers == "linear" and r.run != CLONE]
-    for keep in KEEPS:
-        for recipe in sorted(chosen, key=order):
+    for recipe in sorted(chosen, key=order):
+        for keep in KEEPS:
+            if results.has("quality", f"{recipe} {keep}"):
+                continue
             start = time.process_time()
             try:
                 made = small.compress(recipe=recipe, keep=keep, cost="params")
