@@ -71,6 +71,12 @@ class Encoder:
         return {key: round(value, 5) for key, value in out.items()}
 
 
+def known(name: str) -> Any:
+    """Results that ``write`` kept; None if there are none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else None
+
+
 def write(name: str, rows: Any) -> None:
     """Keep results beside the scripts, with what they were measured on."""
     RESULTS.mkdir(exist_ok=True)

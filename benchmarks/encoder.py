@@ -9,7 +9,6 @@ Each part prints a table and writes benchmarks/results/encoder_<part>.json.
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from common import KEEPS, RESULTS, Encoder, write
+from common import KEEPS, Encoder, known, write
 from gramian.compression import Entry, Layer, Plan, dense_cost, make_plan, plan_recipe, resolve_recipe
 from gramian.grams import Grams
 from gramian.models.api import apply_built, build_all
@@ -172,9 +171,7 @@ HEALING = {
 def healed(encoder: Encoder, grams: Grams, keeps: Sequence[float]) -> None:
     """The plan of `plain`, healed; rows of other budgets stay as they were measured."""
     layers = encoder.layers(grams)
-    known = RESULTS / "encoder_heal.json"
-    rows = json.loads(known.read_text(encoding="utf-8"))["results"] if known.is_file() else []
-    rows = [row for row in rows if row["keep"] not in keeps]
+    rows = [row for row in known("encoder_heal") or [] if row["keep"] not in keeps]
     for keep in keeps:
         plan = make_plan(layers, grams.joints, keep=keep)
         small = built(encoder, plan, layers)

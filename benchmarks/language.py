@@ -12,7 +12,6 @@ is left alone: remove that file to measure all anew.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import time
 from functools import cached_property
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 import gramian
-from common import RESULTS, write
+from common import known, write
 from gramian.compression import Entry, Plan
 from gramian.compression.recipes import RECIPES
 from gramian.errors import GramianError
@@ -85,13 +84,10 @@ class Small:
 class Results:
     """What is known so far, on disk after every row."""
 
-    def __init__(self) -> None:
-        self.path = RESULTS / "language.json"
-
     @property
     def rows(self) -> dict[str, Any]:
         """All rows by section; another process may have added some."""
-        return json.loads(self.path.read_text(encoding="utf-8"))["results"] if self.path.is_file() else {}
+        return known("language") or {}
 
     def has(self, section: str, key: str) -> bool:
         """Whether an earlier run measured it."""

@@ -104,8 +104,8 @@ def claims() -> str:
 
 def entries(value: Any, depth: int = 0) -> list[str]:
     """Nested results as a list; what holds nothing nested is one line."""
-    if not isinstance(value, dict) or (depth and not any(isinstance(inner, dict) for inner in value.values())):
-        return [f"{'    ' * depth}- {flat(value)}"]
+    if not isinstance(value, dict):
+        return [f"- {flat(value)}"]
     lines = []
     for key, inner in value.items():
         if isinstance(inner, dict) and any(isinstance(x, dict) for x in inner.values()):

@@ -67,6 +67,26 @@ for line in sys.stdin:
 """
 
 
+KILL = """
+import os, signal
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+def on_call(number, function, when="before"):
+    calls = iter(range(1, 10**6))
+    def wrapped(*args, **kwargs):
+        here = next(calls) == number
+        if here and when == "before":
+            kill()
+        result = function(*args, **kwargs)
+        if here:
+            kill()
+        return result
+    return wrapped
+"""
+"""What runs in a child before a command that is to kill itself: ``kill()``, and ``on_call(n, function)`` for one that does so
+in its n-th call."""
+
+
 class Launcher:
     """Runs commands one after another; close it at the end."""
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from commands import Launcher, Result, gramian, launcher, listing
+from commands import KILL, Launcher, Result, gramian, launcher, listing
 from gramian.adapt import attach, recipe
 from gramian.adapt.task import load_adapted, open_task, read_texts, split
 from gramian.adapt.train import Examples, Training, _passes, evaluate, fine_tune
@@ -254,23 +254,7 @@ def test_compress_then_adapt(llama_directory: Path, text: Path, launch: Launcher
 
 # Killed -------------------------------------------------------------------------------------------------------------
 
-KILL = """
-import os, signal
-import gramian.adapt.job as job, gramian.adapt.train as train
-def kill(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-def on_call(number, function, when="before"):
-    calls = iter(range(1, 10**6))
-    def wrapped(*args, **kwargs):
-        here = next(calls) == number
-        if here and when == "before":
-            kill()
-        result = function(*args, **kwargs)
-        if here:
-            kill()
-        return result
-    return wrapped
-"""
+PATCHED = KILL + "import gramian.adapt.job as job, gramian.adapt.train as train\n"
 MOMENTS = {
     "before the start": "job.attach = kill",
     "after the start": "job.load = kill",
@@ -302,11 +286,11 @@ def test_a_killed_run_ends_with_the_same_bytes(
     for i, (moment, code) in enumerate(MOMENTS.items()):
         if name == "lora_dropout" and moment not in ("early", "late"):
             continue
-        done = launch(*command(str(i)), before=PREPARE + KILL + code)
+        done = launch(*command(str(i)), before=PREPARE + PATCHED + code)
         assert done.code == -signal.SIGKILL, (moment, done.err)
         assert not (tmp_path / str(i) / "tuned").exists()
         again = "job.attach = kill" if i else ""  # what is there is not made again
-        succeed(launch(*command(str(i)), before=PREPARE + KILL + again))
+        succeed(launch(*command(str(i)), before=PREPARE + PATCHED + again))
         assert os.listdir(tmp_path / str(i)) == ["tuned"]
         found = listing(tmp_path / str(i) / "tuned")
         assert found.keys() == whole.keys()

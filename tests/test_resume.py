@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import ENVIRONMENT, Launcher, Result, launcher, listing
+from commands import ENVIRONMENT, KILL, Launcher, Result, launcher, listing
 from gramian.errors import GramianError
 from gramian.models import journal
 
@@ -41,7 +41,7 @@ def whole(
 ) -> dict[str, bytes]:
     """What an uninterrupted run writes."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = launch("compress", encoder_directory, "--data", few, *COMPRESS, "--out", out, before=KILL)
+    done = launch("compress", encoder_directory, "--data", few, *COMPRESS, "--out", out, before=PATCHED)
     assert done.code == 0, done.err
     assert os.listdir(out.parent) == ["out"]
     quality = json.loads((out / "report.json").read_text())["quality"]
@@ -52,26 +52,15 @@ def whole(
 
 # What runs in the child before the command: less waiting (timing only fills the report), healing that keeps its state
 # often, and the means to kill itself.
-KILL = """
-import os, signal
+PATCHED = (
+    KILL
+    + """
 from pathlib import Path
 import gramian.models.job as job, gramian.models.journal as journal, gramian.models.heal as healing
 job._speed = lambda *args: []
 healing.heal.__kwdefaults__["every"] = 5
-def kill(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-def on_call(number, function, when="before"):
-    calls = iter(range(1, 10**6))
-    def wrapped(*args, **kwargs):
-        here = next(calls) == number
-        if here and when == "before":
-            kill()
-        result = function(*args, **kwargs)
-        if here:
-            kill()
-        return result
-    return wrapped
 """
+)
 MOMENTS = {
     # Before anything is worth keeping.
     "while collecting": "job.collect = on_call(1, job.collect)",
@@ -93,12 +82,12 @@ journal.write = torn""",
     "before saving": "job.Job._publish = on_call(1, job.Job._publish)",
     "weights saved, not published": "job.Loaded.save = on_call(1, job.Loaded.save, 'after')",
     "report half written": """
-def torn(path, content, write=job.write):
+def torn(path, content, write=journal.write):
     if path.name == "report.json":
         path.write_bytes(content[:100])
         kill()
     write(path, content)
-job.write = torn""",
+journal.write = torn""",
     "before publishing": """
 def publish(old, new, rename=os.rename):
     if Path(new).name == "out":
@@ -121,7 +110,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     command = ("compress", encoder_directory, "--data", few, *COMPRESS, "--out", out)
-    killed = launch(*command, before=KILL + MOMENTS[moment])
+    killed = launch(*command, before=PATCHED + MOMENTS[moment])
     assert killed.code == -signal.SIGKILL, killed
     assert not out.exists()
     (work,) = tmp_path.iterdir()
@@ -130,7 +119,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     collected = "job.collect = kill" if (work / "grams.sealed").exists() else ""  # what is there is not made again
     planned = "job.make_plan = kill" if (work / "plan.json").exists() else ""
     assert bool(kept) == bool(collected) == (moment not in list(MOMENTS)[:2])
-    done = launch(*command, before="\n".join([KILL, collected, planned]))
+    done = launch(*command, before="\n".join([PATCHED, collected, planned]))
     assert done.code == 0, done.err
     assert os.listdir(tmp_path) == ["out"]
     check(out, whole)
@@ -146,7 +135,7 @@ def test_killed_again_and_again(
     while not out.exists():
         lives += 1
         assert lives < 20
-        done = launch(*command, before=KILL + f"os.rename = on_call({1 + lives}, os.rename, 'after')")
+        done = launch(*command, before=PATCHED + f"os.rename = on_call({1 + lives}, os.rename, 'after')")
         assert done.code in (0, -signal.SIGKILL), done.err
     assert lives > 3
     check(out, whole)
@@ -168,7 +157,7 @@ def test_a_kill_from_outside(
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL
     assert not out.exists()
-    done = launch(*command, before=KILL)
+    done = launch(*command, before=PATCHED)
     assert done.code == 0, done.err
     check(out, whole)
 
@@ -183,12 +172,12 @@ def interrupt(*args, loss=healing._loss, calls=iter(range(100))):
         raise KeyboardInterrupt
     return loss(*args)
 healing._loss = interrupt"""
-    done = launch(*command, before=KILL + before)
+    done = launch(*command, before=PATCHED + before)
     assert done.code == 130
     assert done.err.splitlines()[-1] == "interrupted; run the same command again to go on"
     (work,) = tmp_path.iterdir()
     assert (work / "grams.sealed").exists()
-    assert launch(*command, before=KILL + "job.collect = kill").code == 0
+    assert launch(*command, before=PATCHED + "job.collect = kill").code == 0
     check(tmp_path / "out", whole)
 
 
@@ -199,7 +188,7 @@ healing._loss = interrupt"""
 def halted(encoder_directory: Path, few: Path, launch: Launcher, tmp_path: Path) -> Path:
     """The work directory of a run that was killed after two fitted entries."""
     command = ("compress", encoder_directory, "--data", few, *COMPRESS, "--out", tmp_path / "out")
-    assert launch(*command, before=KILL + "os.rename = on_call(4, os.rename, 'after')").code == -9
+    assert launch(*command, before=PATCHED + "os.rename = on_call(4, os.rename, 'after')").code == -9
     (work,) = tmp_path.iterdir()
     assert sorted(p.name for p in work.rglob("*.sealed")) == ["00000.sealed", "00001.sealed", "grams.sealed"]
     return work
@@ -208,10 +197,10 @@ def halted(encoder_directory: Path, few: Path, launch: Launcher, tmp_path: Path)
 def test_other_settings_models_and_texts_have_a_journal_of_their_own(
     halted: Path, encoder_directory: Path, few: Path, launch: Launcher, tmp_path: Path
 ) -> None:
-    stop = KILL + "job.make_plan = kill"  # a journal that is found has a plan; one that is not comes here
+    stop = PATCHED + "job.make_plan = kill"  # a journal that is found has a plan; one that is not comes here
     base = {"--data": few, "--out": tmp_path / "out", **dict(zip(COMPRESS[::2], COMPRESS[1::2], strict=True))}
     assert (
-        launch("compress", encoder_directory, *flat(base), before=KILL + "job.collect = kill; job.heal = kill").code
+        launch("compress", encoder_directory, *flat(base), before=PATCHED + "job.collect = kill; job.heal = kill").code
         == -9
     )
     assert list(tmp_path.iterdir()) == [halted]
@@ -241,10 +230,10 @@ def test_two_runs_side_by_side_do_not_meet(
 ) -> None:
     for name in ("a", "out"):  # both stopped half-way, in one folder
         command = ("compress", encoder_directory, "--data", few, *COMPRESS, "--out", tmp_path / name)
-        assert launch(*command, before=KILL + "job.heal = kill").code == -9
+        assert launch(*command, before=PATCHED + "job.heal = kill").code == -9
     assert len(list(tmp_path.iterdir())) == 2
     command = ("compress", encoder_directory, "--data", few, *COMPRESS, "--out", tmp_path / "out")
-    assert launch(*command, before=KILL).code == 0
+    assert launch(*command, before=PATCHED).code == 0
     check(tmp_path / "out", whole)
     assert len(list(tmp_path.glob(".a.gramian-*/built/*.sealed"))) > 4  # the other's journal is untouched
 
@@ -285,10 +274,10 @@ def test_a_damaged_journal_is_named(
         damages.append(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     for damage in damages:
         file.write_bytes(damage)
-        refuse(launch(*command, before=KILL), str(file), "damaged journal", "remove this file")
+        refuse(launch(*command, before=PATCHED), str(file), "damaged journal", "remove this file")
         assert not out.exists()
     file.unlink()  # the remedy
-    assert launch(*command, before=KILL).code == 0
+    assert launch(*command, before=PATCHED).code == 0
     check(out, whole)
 
 
@@ -370,7 +359,7 @@ def test_a_full_disk(
     command = ("compress", encoder_directory, "--data", few, *COMPRESS, "--out", out)
     fill = "import errno\ndef full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device')\n"
     before = (
-        KILL
+        PATCHED
         + {
             "Grams": FULL.format(room=1000),
             "entries": fill
@@ -389,7 +378,7 @@ journal.write = write""",
     if moment == "Grams":
         assert not list(tmp_path.iterdir())
     else:
-        done = launch(*command, before=KILL + "job.collect = kill")  # room was made: it goes on
+        done = launch(*command, before=PATCHED + "job.collect = kill")  # room was made: it goes on
         assert done.code == 0, done.err
         check(out, whole)
 

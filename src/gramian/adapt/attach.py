@@ -22,6 +22,7 @@ from gramian.ops import Operator
 
 if TYPE_CHECKING:
     from gramian.adapt.merge import Merged
+    from gramian.models.workload import Workload
 
 Sizes = int | float | Mapping[str, int] | Mapping[str, float]
 """One number, or one for each pattern of layer names; of several patterns that fit a name the longest counts."""
@@ -588,6 +589,17 @@ def _second_moments(grams: Any) -> tuple[Tensor | None, Tensor | None]:
     return grams.input.moment(), None if grams.gradient is None else grams.gram_out()
 
 
+def start_grams(
+    model: nn.Module, layers: Mapping[str, nn.Module], work: Workload, *, outputs: bool, seed: int
+) -> Mapping[str, Any]:
+    """Grams that a start uses, by layer; those of the outputs' gradients only with `outputs`."""
+    from gramian.grams.collect import collect_layers
+
+    objective = work.objective("features" if outputs else "none")
+    found = collect_layers(model, layers, work.batches, run=work.run, objective=objective, mask=work.mask, seed=seed)
+    return found.layers
+
+
 def _statistics(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -622,15 +634,11 @@ def _statistics(
     if any(needs[name] & {"gram_in", "gram_out"} for name in layers) and grams is None:
         if batches is None:
             raise GramianError("this adapter's start uses Grams; pass data=... (or grams=gramian.collect(...))")
-        from gramian.grams.collect import collect_layers
         from gramian.models.workload import tensor_workload
 
         wanted = {name: module for name, module in layers.items() if needs[name] & {"gram_in", "gram_out"}}
-        work = tensor_workload(batches)
-        objective = work.objective("features" if any("gram_out" in needs[name] for name in wanted) else "none")
-        grams = collect_layers(
-            model, wanted, batches, run=work.run, objective=objective, mask=work.mask, seed=seed
-        ).layers
+        outputs = any("gram_out" in needs[name] for name in wanted)
+        grams = start_grams(model, wanted, tensor_workload(batches), outputs=outputs, seed=seed)
     for name in layers:
         if needs[name] & {"gram_in", "gram_out"} and (grams is None or name not in grams):
             raise GramianError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from gramian import __version__
 from gramian.adapt.adapter import Adapter
-from gramian.adapt.attach import Adapted, _check_rank, attach, check_weight, select
+from gramian.adapt.attach import Adapted, _check_rank, attach, check_weight, select, start_grams
 from gramian.adapt.combine import COMBINES
 from gramian.adapt.files import load
 from gramian.adapt.layer import Edit, base_operator, can_adapt, layer_shape
@@ -35,11 +34,9 @@ from gramian.adapt.recipes import RECIPES, recipe
 from gramian.adapt.task import DESCRIPTION, HEAD, TaskModel, accuracy, calibration, open_task, read_texts, split
 from gramian.adapt.train import Trained, Training, evaluate, fine_tune
 from gramian.errors import GramianError, nearest
-from gramian.grams.collect import collect_layers
 from gramian.linalg import svdvals
 from gramian.models.api import Progress
-from gramian.models.job import finite
-from gramian.models.journal import check_out, disk_errors, keep, recall, workspace, write
+from gramian.models.journal import check_out, disk_errors, hash_tensors, keep, publish, recall, workspace, write
 
 START = "start"
 """The first thing in the work directory that is worth keeping."""
@@ -268,9 +265,7 @@ class AdaptJob:
         digest.update(json.dumps(asdict(self.settings), sort_keys=True).encode())
         digest.update(Path(self.data).read_bytes())
         digest.update(self.opened.model.config.to_json_string().encode())  # type: ignore[union-attr, operator]
-        for name, tensor in self.opened.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hash_tensors(digest, self.opened.model.state_dict().items())
         return digest.hexdigest()[:12]
 
     def _start(self, work: Path) -> Adapted:
@@ -288,17 +283,13 @@ class AdaptJob:
             else:
                 grams = None
                 if self.method.needs & {"gram_in", "gram_out"}:
-                    plain = calibration(batches)
-                    objective = plain.objective("features" if "gram_out" in self.method.needs else "none")
-                    grams = collect_layers(
+                    grams = start_grams(
                         model,
                         {name: model.get_submodule(name) for name in self.layers},
-                        plain.batches,
-                        run=plain.run,
-                        objective=objective,
-                        mask=plain.mask,
+                        calibration(batches),
+                        outputs="gram_out" in self.method.needs,
                         seed=s.seed,
-                    ).layers
+                    )
                 made = attach(
                     model,
                     self.method,
@@ -357,13 +348,7 @@ class AdaptJob:
             report["merged"] = self._merge(final, adapted, report)
         report["times"] = {key: round(value, 3) for key, value in self.times.items()}
         report["times"]["total"] = round(time.perf_counter() - started, 3)
-        write(final / "report.json", json.dumps(finite(report), indent=1, allow_nan=False).encode())
-        if self.render is not None:
-            write(final / "report.html", self.render(report).encode())
-        if self.out.exists():
-            self.out.rmdir()
-        os.rename(final, self.out)
-        shutil.rmtree(work, ignore_errors=True)
+        publish(work, final, self.out, report, self.render)
 
     def _export(self, work: Path, final: Path, adapted: Adapted, head: Mapping[str, Tensor]) -> dict[str, Any]:
         """Files for the peft library where it can hold the adapter; else why it cannot."""

@@ -268,7 +268,7 @@ def open_task(directory: str | os.PathLike[str], task: str, names: Sequence[str]
         model, missing, mismatched = read_model(directory, inner, cls)
         check_shapes(directory, mismatched)
         heads = find_heads(model)
-        check_missing(directory, [key for key in missing if key.rpartition(".")[0] not in heads])
+        check_missing(directory, missing, heads)
         return TaskModel(model.eval(), read_tokenizer(directory, inner), directory, task, (), [], [])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -282,7 +282,7 @@ def open_task(directory: str | os.PathLike[str], task: str, names: Sequence[str]
         )
     heads = find_heads(model)
     check_shapes(directory, [entry for entry in mismatched if entry[0].rpartition(".")[0] not in heads])
-    check_missing(directory, [key for key in missing if key.rpartition(".")[0] not in heads])
+    check_missing(directory, missing, heads)
     new = sorted({*missing, *(key for key, *_ in mismatched)})
     base = str(model.base_model_prefix)
     inside = f"{base}." if base and hasattr(model, base) else ""  # without one, only what is new counts as the head

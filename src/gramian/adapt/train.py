@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gramian.adapt.attach import Adapted
 from gramian.adapt.gradients import Loss, default_loss
 from gramian.errors import GramianError
+from gramian.nn.training import warm_up_cosine
 
 State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 """What a training stands for at a step: tensors, and what JSON can hold."""
@@ -264,10 +265,7 @@ class _Kept:
 
 def _schedule(step: int, settings: Training) -> float:
     """Multiple of the peak rate at a step, counted from 0."""
-    warm = max(1, round(settings.warm_up * settings.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, settings.steps - warm)))
+    return warm_up_cosine(step, settings.steps, max(1, round(settings.warm_up * settings.steps)), floor=0.1)
 
 
 def _passes(step: int, count: int, settings: Training, *, ready: bool) -> list[tuple[list[int], float]]:

@@ -79,7 +79,7 @@ def run_adapt(
     """
     from gramian.adapt.job import AdaptJob, Settings
     from gramian.cli.main import _Progress
-    from gramian.models.job import finite
+    from gramian.models.journal import finite
 
     lists: dict[str, Any] = {key: tuple(given[key]) for key in ("include", "exclude") if key in given}
     settings = Settings(options=_options(options), **{**given, **lists})

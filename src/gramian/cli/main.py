@@ -76,7 +76,8 @@ def _compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: s
     import json
 
     from gramian.compression.recipes import resolve_recipe
-    from gramian.models.job import Job, Settings, finite
+    from gramian.models.job import Job, Settings
+    from gramian.models.journal import finite
 
     if options["cost"] is None:
         options["cost"] = resolve_recipe(options["recipe"]).costs[0]

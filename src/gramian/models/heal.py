@@ -14,6 +14,7 @@ from gramian.errors import GramianError
 from gramian.models.workload import Workload, divergence
 from gramian.nn import StructuredLinear, as_linear
 from gramian.nn.straight_through import StraightThroughDictionary
+from gramian.nn.training import warm_up_cosine
 from gramian.ops import BlockLowRank, Dictionary, Operator, Skeleton
 
 ANSWERS_KEPT = 2**31
@@ -127,7 +128,7 @@ def heal(
     try:
         for step in range(first, settings.steps):
             for group in optimiser.param_groups:
-                group["lr"] = settings.rate * _schedule(step, settings.steps)
+                group["lr"] = settings.rate * warm_up_cosine(step, settings.steps, max(1, settings.steps // 10))
             place = _place(step, len(pool), settings.seed)
             batch = pool[place]
             target = targets.get(place)
@@ -187,13 +188,6 @@ def _validate(student: nn.Module, teacher: nn.Module, workload: Workload) -> flo
         answer, target = (workload.outputs(model, batch)[:1] for model in (student, teacher))
         losses.append(float(_loss(answer, target, 0.0, 0.0, workload.logits is not None)))
     return sum(losses) / len(losses)
-
-
-def _schedule(step: int, steps: int) -> float:
-    warm = max(1, steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def _pool(workload: Workload, teacher: nn.Module, settings: Healing) -> list[Any]:

@@ -57,7 +57,17 @@ from gramian.models.api import (
 from gramian.models.blocks import Shards, find_blocks
 from gramian.models.entries import entry_rows, layer_facts, module_row, nbytes, parameters, restored, stored
 from gramian.models.heal import Healing, heal
-from gramian.models.journal import check_out, damaged, disk_errors, keep, recall, workspace, write
+from gramian.models.journal import (
+    check_out,
+    damaged,
+    disk_errors,
+    hash_tensors,
+    keep,
+    publish,
+    recall,
+    workspace,
+    write,
+)
 from gramian.models.loading import ENTRIES, Loaded, load_model
 from gramian.models.offload import Offload
 from gramian.models.sentence_encoder import transformer_folder
@@ -434,9 +444,7 @@ class Job:
                 digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
         tokens = {f"{i}|{key}": value for i, batch in enumerate(calibration.batches) for key, value in batch.items()}
         state_dict = {} if self.loaded.skeleton else self.loaded.model.state_dict()
-        for name, tensor in (*state_dict.items(), *tokens.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hash_tensors(digest, (*state_dict.items(), *tokens.items()))
         return digest.hexdigest()[:12]
 
     def _held_out(self) -> list[str]:
@@ -585,13 +593,7 @@ class Job:
         size = sum(p.stat().st_size for p in final.rglob("*.safetensors"))
         report["size"]["file_after"] = size
         write(final / "plan.json", chosen.to_json().encode())
-        write(final / "report.json", json.dumps(finite(report), indent=1, allow_nan=False).encode())
-        if self.render is not None:
-            write(final / "report.html", self.render(report).encode())
-        if self.out.exists():
-            self.out.rmdir()
-        os.rename(final, self.out)
-        shutil.rmtree(work, ignore_errors=True)
+        publish(work, final, self.out, report, self.render)
 
     def _report(
         self,
@@ -663,15 +665,6 @@ class Job:
                 "threads": torch.get_num_threads(),
             },
         }
-
-
-def finite(value: Any) -> Any:
-    """The same JSON-able value with NaN and Inf as null: they are not JSON."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _gram_entries(layer: Layer) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -62,6 +64,35 @@ def write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(partial, path)
+
+
+def finite(value: Any) -> Any:
+    """The same JSON-able value with NaN and Inf as null: they are not JSON."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def hash_tensors(digest: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Feed the names and bytes of tensors to a hash."""
+    for name, tensor in named:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def publish(
+    work: Path, final: Path, out: Path, report: dict[str, Any], render: Callable[[dict[str, Any]], str] | None
+) -> None:
+    """Write the report (with `render` its page too) into `final`, which becomes `out` by one rename; `work` ends."""
+    write(final / "report.json", json.dumps(finite(report), indent=1, allow_nan=False).encode())
+    if render is not None:
+        write(final / "report.html", render(report).encode())
+    if out.exists():
+        out.rmdir()
+    os.rename(final, out)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def disk_error(error: BaseException) -> BaseException | None:

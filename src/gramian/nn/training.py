@@ -60,6 +60,13 @@ def parameter_groups(model: nn.Module, rate: float, *, base_width: int | None = 
     return list(groups.values())
 
 
+def warm_up_cosine(step: int, steps: int, warm: int, *, floor: float = 0.0) -> float:
+    """Multiple of the peak learning rate at a step, counted from 0: up over `warm` steps, then by a cosine down to `floor`."""
+    if step < warm:
+        return (step + 1) / warm
+    return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
 class SelfGuided(nn.Module):
     """A structured layer guided by a dense one early in training (Wei et al. 2024, "Building on Efficient Foundations",
     section 3.3): ``a W x + (1 - a) A x``, W starting at A's matrix, a falling from 1 to 0 by a cosine over the first part

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.files import atomic_directory
 from gramian.nn import parameter_groups, structured
+from gramian.nn.training import warm_up_cosine
 from gramian.sequence.inputs import MixerState
 from gramian.sequence.mixer import SequenceMixer
 from gramian.sequence.recipes import mixer
@@ -353,8 +354,7 @@ def train(
     losses: list[float] = []
     model.train()
     for step in range(steps):
-        falling = 0.5 * (1 + math.cos(math.pi * max(0, step - rising) / max(1, steps - rising)))
-        factor = min((step + 1) / rising, falling)
+        factor = warm_up_cosine(step, steps, rising)
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = factor * peak
         inputs, targets = batches(step)
