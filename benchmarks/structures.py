@@ -1,6 +1,6 @@
 """Structured layers on this machine: speed against dense and the published code, training, the cost model, projections.
 
-    python benchmarks/structures.py [speed training model blast]      (about 8 minutes; the machine should be idle)
+    python benchmarks/structures.py [speed decode training model blast]      (about 8 minutes; the machine should be idle)
 
 Medians of interleaved runs. Writes benchmarks/results/structures_<part>.json.
 """
@@ -11,9 +11,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import write
-from gramian.execution import calibrate, candidates, choose, forget, predicted, save
-from gramian.execution.bench import bench, interleaved, peak_rate, zoo
+from gramian.execution import Form, Prepared, calibrate, candidates, forget, predicted, save
+from gramian.execution.bench import bandwidth, bench, interleaved, peak_rate, peers, zoo
 from gramian.execution.calibration import Pace, best_seconds, random_product, time_product
 from gramian.nn import FeatureMajor, StructuredLinear
-from gramian.ops import Blast, BlockLowRank, structure
+from gramian.ops import Blast, BlockLowRank, Dense, Operator, structure
 
 TABLE = ["low rank", "blocks of low rank", "BLAST", "block diagonal", "Monarch", "block sparse", "kronecker"]
 
@@ -68,15 +68,57 @@ def rectangular() -> dict[str, float]:
             for batch in (1, 32, 512):
                 x = torch.randn(batch, in_)
                 with torch.inference_mode():
-                    form, _ = choose(op, batch)
-                    kernel = form.kernel(form.operator(op), op.dtype)
-                    took = interleaved({"dense": partial(F.linear, x, weight), "chosen": partial(kernel, x, None)})
+                    ready = Prepared(op)
+                    form = ready.settled(x)
+                    took = interleaved({"dense": partial(F.linear, x, weight), "chosen": partial(ready, x)})
                 label = f"{kind} {out} x {in_} B={batch}"
                 found[label] = round(took["dense"] / took["chosen"], 3)
                 print(
                     f"{label:<36} chosen {found[label]:6.2f}x ({'dense' if form.dense else 'structured'})", flush=True
                 )
     return found
+
+
+def decode(n: int = 2048, held: float = 256e6) -> None:
+    """One row at a time, as in generation: every product meets weights that no cache holds, because each is of the next of
+    as many copies as take `held` bytes. Speed over dense, and the share of the memory's bandwidth.
+    """
+    memory = bandwidth()
+    x = torch.randn(1, n)
+
+    def in_turn(runs: Iterable[Callable[[], object]]) -> Callable[[], object]:
+        turn = cycle(list(runs))
+        return lambda: next(turn)()
+
+    matrices = [torch.randn(n, n) for _ in range(round(held / (4 * n * n)))]
+    calls = {"dense": in_turn(partial(F.linear, x, weight) for weight in matrices)}
+    calls["dense, ours"] = in_turn(partial(Prepared(Dense(weight)), x) for weight in matrices)
+    nbytes = dict.fromkeys(calls, 4 * n * n)
+    form = Form(False, False, torch.float32)
+    with torch.inference_mode():
+        for name, op in zoo(n).items():
+            if any(part in name for part in TABLE[:5]):
+                copies = round(held / op.nbytes)
+
+                def made(op: Operator = op, copies: int = copies) -> list[Operator]:
+                    again = (op.replace(**{k: f.clone() for k, f in op.factors().items()}) for _ in range(copies))
+                    return [form.operator(each) for each in again]
+
+                calls[name] = in_turn(partial(form.kernel(each, torch.float32), x, None) for each in made())
+                nbytes[name] = op.nbytes
+                for peer in peers(op, x):
+                    calls[peer] = in_turn(peers(each, x)[peer] for each in made())
+                    nbytes[peer] = op.nbytes
+        took = interleaved(calls, seconds=10.0)
+    rows = {
+        name: {"faster": round(took["dense"] / seconds, 3), "of_bandwidth": round(nbytes[name] / memory / seconds, 3)}
+        for name, seconds in took.items()
+    }
+    for name, row in rows.items():
+        print(
+            f"n={n} B=1, weights from memory: {name:<38} {row['faster']:6.2f}x dense, {row['of_bandwidth']:.0%} of bandwidth"
+        )
+    write("structures_decode", {"gigabytes_per_second": round(memory / 1e9, 2), "rows": rows})
 
 
 def training(n: int = 2048, batch: int = 512) -> None:
@@ -171,7 +213,7 @@ def _model() -> float:
                     continue
                 for batch in (16, 256):
                     x = torch.randn(batch, n)
-                    for form in candidates(op, torch.float32):
+                    for form in candidates(op, torch.float32, batch):
                         if form.dense:
                             continue
                         kernel = form.kernel(form.operator(op), torch.float32)
@@ -221,8 +263,8 @@ def blast() -> None:
     write("structures_blast", {"rows": rows, "worse": worse})
 
 
-PARTS = {"speed": speed, "training": training, "model": model, "blast": blast}
+PARTS = {"speed": speed, "decode": decode, "training": training, "model": model, "blast": blast}
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or ["model", "speed", "training", "blast"]:
+    for part in sys.argv[1:] or ["model", "speed", "decode", "training", "blast"]:
         PARTS[part]()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gramian.cli.bench import run_calibrate
 from gramian.cli.main import cli
@@ -154,6 +156,47 @@ def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> Non
         x = torch.randn(batch, 16)
         torch.testing.assert_close(ready(x), x @ op.dense().mT)
     assert seen == [1, 4, 128], "once for each power of two"
+
+
+@pytest.mark.parametrize(("slow", "dense"), [("structured", True), ("dense", False)])
+def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, slow: str, dense: bool) -> None:
+    """A form that is not far ahead is measured against the dense product, and the faster runs, in every layer of its kind."""
+    monkeypatch.setattr("gramian.execution.forms.stored", pretended)
+    monkeypatch.setattr("gramian.execution.forms._SETTLED", {})
+    monkeypatch.setattr("gramian.execution.forms.FAR_AHEAD", 0.0)
+    monkeypatch.setattr("gramian.execution.forms.choose", lambda op, batch, dtype: (Form(False, False, dtype), 1.0))
+    asked: list[int] = []
+
+    def pretended_seconds(call: Callable[[], object]) -> float:
+        asked.append(0)
+        first = len(asked) % 2 == 1  # the structured product is asked first
+        return 2.0 if first == (slow == "structured") else 1.0
+
+    monkeypatch.setattr("gramian.execution.forms.best_seconds", pretended_seconds)
+    x = torch.randn(4, 48)
+    for seed in range(3):
+        op = BlockLowRank.init((64, 48), rank=8, generator=seeded(seed))
+        ready = Prepared(op)
+        assert ready.settled(x) == Form(dense, False, FLOAT)
+        torch.testing.assert_close(ready(x), x @ op.dense().mT)
+    assert len(asked) == 2
+    with FlopCounterMode(display=False) as counter:  # what a counter sees is the product alone
+        Prepared(BlockLowRank.init((64, 48), rank=4, generator=seeded()))(x)
+    assert counter.get_total_flops() == 4 * 2 * 4 * (64 + 48)
+
+
+def test_a_single_row_reads_tall_factors_by_columns() -> None:
+    op = BlockLowRank.init((96, 64), rank=8, generator=seeded())
+    (form,) = [form for form in candidates(op, FLOAT, 1) if form.single and not form.dense]
+    runs = form.operator(op)
+    assert isinstance(runs, BlockLowRank)
+    assert runs.left.mT.is_contiguous()
+    assert runs.right is op.right, "only the tall factor is copied"
+    x = torch.randn(1, 64, generator=seeded())
+    torch.testing.assert_close(form.kernel(runs, FLOAT)(x, None), x @ op.dense().mT)
+    wide = BlockLowRank.init((4, 64), rank=4, generator=seeded())
+    assert not any(form.single for form in candidates(wide, FLOAT, 1))
+    assert not any(form.single for form in candidates(op, FLOAT, 2))
 
 
 def layers() -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.execution.calibration import best_seconds, stored
-from gramian.execution.forms import choose
+from gramian.execution.forms import Prepared, predicted
 from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Operator, monarch, structures
 
 Call = Callable[[], object]
@@ -157,7 +158,9 @@ def _published_blast(x: Tensor, left: Tensor, scales: Tensor, right: Tensor) -> 
 
 
 def interleaved(calls: Mapping[str, Call], *, seconds: float = 0.25, least: int = 5) -> dict[str, float]:
-    """Median seconds of each call, taken in turn, so that a busy moment hits all alike."""
+    """Median seconds of each call, taken in turn, so that a busy moment hits all alike. Each runs once untimed before it is
+    timed: what the call before it left in the caches would favour some.
+    """
     once = {}
     for name, call in calls.items():
         call()
@@ -165,10 +168,11 @@ def interleaved(calls: Mapping[str, Call], *, seconds: float = 0.25, least: int 
         call()
         once[name] = time.perf_counter() - start
     groups = {name: max(1, round(2e-4 / max(taken, 1e-7))) for name, taken in once.items()}
-    rounds = max(least, min(200, round(seconds / max(sum(once[n] * groups[n] for n in calls), 1e-7))))
+    rounds = max(least, min(200, round(seconds / max(sum(once[n] * (groups[n] + 1) for n in calls), 1e-7))))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             start = time.perf_counter()
             for _ in range(groups[name]):
                 call()
@@ -212,15 +216,16 @@ def bench(
 def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: float, memory: float) -> Row:
     x = torch.randn(batch, n).to(op.dtype)
     across = x.mT.contiguous()
-    form, predicted = choose(op, batch)
-    kernel = form.kernel(form.operator(op), op.dtype)
+    ready, model = Prepared(op), stored()
+    form = ready.settled(x)
+    seconds = predicted(op, form, batch, op.dtype, model) if model else math.nan
     others = peers(op, x)
     run = op.runtime()
     calls: dict[str, Call] = {
         "dense": partial(F.linear, x, weight),
         "rows": partial(run.apply, x),
         "columns": partial(run.apply_columns, across),
-        "chosen": lambda: kernel(x, None),
+        "chosen": partial(ready, x),
         **others,
     }
     took = interleaved(calls)
@@ -229,7 +234,7 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
         label += f", {str(form.dtype).removeprefix('torch.')}"
     return Row(
         name, n, batch, str(op.dtype).removeprefix("torch."), op.numel / n**2, took["dense"], took["rows"],
-        took["columns"], took["chosen"], label, bound(run, batch, rate, memory), predicted,
+        took["columns"], took["chosen"], label, bound(run, batch, rate, memory), seconds,
         {peer: took[peer] for peer in others},
     )  # fmt: skip
 

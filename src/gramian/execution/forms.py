@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gramian.execution.calibration import stored
+from gramian.execution.calibration import best_seconds, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import trace
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection
@@ -21,6 +23,9 @@ DENSE_ABOVE = 0.75
 LEAST_GAIN = 0.9
 """With one: leave the plain dense product for another form only where that takes at most this share of its time. Predictions
 are off by about as much."""
+
+FAR_AHEAD = 0.5
+"""Of the plain dense product's predicted time: a form below it is not measured against that before it is taken."""
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
@@ -35,15 +40,20 @@ class Form:
         columns: feature-major inside: ``(A x^T)^T``, transposing what comes in and goes out (by views where the kernel
             takes them).
         dtype: computed in; another than the operator's where the machine has no fast kernel for that one.
+        single: for one row at a time: the factor with more rows than columns is kept a second time, column after column.
+            Read from memory so, a product with one row takes about half the time.
     """
 
     dense: bool
     columns: bool
     dtype: torch.dtype
+    single: bool = False
 
     def operator(self, op: Operator) -> Operator:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
-        return (Dense(op.dense()) if self.dense else op.runtime()).to(dtype=self.dtype)
+        runs = (Dense(op.dense()) if self.dense else op.runtime()).to(dtype=self.dtype)
+        tall = _tall(runs) if self.single else {}
+        return runs.replace(**{name: factor.mT.contiguous().mT for name, factor in tall.items()}) if tall else runs
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
         """The product of ``runs``, as ``self.operator`` gave it, for x, bias and y of `dtype`."""
@@ -56,6 +66,13 @@ class Form:
             return product(x.to(inner), None if bias is None else bias.to(inner)).to(dtype)
 
         return cast
+
+
+def _tall(op: Operator) -> dict[str, Tensor]:
+    """The factor that ``Form.single`` is about, by name."""
+    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+        return {"left": op.left} if op.shape[0] > op.left.shape[2] else {}
+    return {"weight": op.weight} if isinstance(op, Dense) and op.shape[0] > op.shape[1] else {}
 
 
 def _rows(op: Operator) -> Kernel:
@@ -106,11 +123,20 @@ def _columns(op: Operator) -> Kernel:
     return product
 
 
-def candidates(op: Operator, dtype: torch.dtype) -> list[Form]:
-    """The candidates: structured and dense, row- and feature-major, in `dtype` and in float32."""
+def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
+    """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major, or for a single row, of which
+    both are the same, with and without ``Form.single``.
+    """
     dtypes = [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
     structured = [] if isinstance(op.runtime(), Dense) else [False]
-    return [Form(dense, columns, kind) for kind in dtypes for dense in (*structured, True) for columns in (False, True)]
+    layouts = [(False, False), (False, True)] if batch == 1 else [(False, False), (True, False)]
+    forms = [
+        Form(dense, columns, kind, single)
+        for kind in dtypes
+        for dense in (*structured, True)
+        for columns, single in layouts
+    ]
+    return [form for form in forms if not form.single or _tall(form.operator(op.to("meta")))]
 
 
 def predicted(op: Operator, form: Form, batch: int, dtype: torch.dtype, model: CostModel) -> float:
@@ -140,7 +166,9 @@ def choose(
     if model is None:
         return Form(_dense_by_operations(op), False, dtype), math.nan
     light = op.to("meta")
-    ranked = [(predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(candidates(light, dtype))]
+    ranked = [
+        (predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(candidates(light, dtype, batch))
+    ]
     seconds, _, form = min(ranked)
     plain = next(row for row in ranked if row[2] == Form(True, False, dtype))
     if seconds > LEAST_GAIN * plain[0]:
@@ -151,6 +179,10 @@ def choose(
 def _dense_by_operations(op: Operator) -> bool:
     runs = op.runtime()
     return isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
+
+
+_SETTLED: dict[tuple[Hashable, ...], Form] = {}
+"""What ``Prepared`` found by measuring, by kind and shapes of operator, dtype, batch and threads."""
 
 
 class Prepared:
@@ -165,10 +197,10 @@ class Prepared:
         self.op = op
         self._dtype = dtype or op.dtype
         self._kernels: dict[int, Kernel] = {}
-        self._running: dict[tuple[bool, torch.dtype], Operator] = {}
+        self._running: dict[tuple[bool, torch.dtype, bool], Operator] = {}
 
     def form(self, batch: int) -> Form:
-        """How `batch` rows run: decided for the next power of two."""
+        """How `batch` rows run, as predicted for the next power of two."""
         return choose(self.op, 1 << max(batch - 1, 0).bit_length(), self._dtype)[0]
 
     def columns(self, x: Tensor) -> Tensor:
@@ -176,8 +208,39 @@ class Prepared:
         form = Form(_dense_by_operations(self.op), True, self._dtype)
         return self._operator(form).apply_columns(x)
 
+    def settled(self, x: Tensor) -> Form:
+        """How x (..., in) runs: as predicted, or plainly dense where that turns out faster on x. Predictions err; so with a
+        calibration, a form that is not predicted to be far ahead runs against the dense product once, in the process's
+        first product of such an operator and batch.
+        """
+        batch = x.numel() // max(x.shape[-1], 1)
+        form, plain = self.form(batch), Form(True, False, self._dtype)
+        model = stored() if x.device.type == "cpu" else None
+        if model is None or form == plain or is_in_torch_dispatch_mode():  # a mode may count what runs
+            return form
+        shapes = tuple((name, factor.shape, factor.dtype) for name, factor in self.op.factors().items())
+        key = (
+            self.op.kind,
+            self.op.shape,
+            shapes,
+            self._dtype,
+            max(batch - 1, 0).bit_length(),
+            torch.get_num_threads(),
+        )
+        if key not in _SETTLED:
+            light = self.op.to("meta")
+            said = [predicted(light, each, batch, self._dtype, model) for each in (form, plain)]
+            if said[0] >= FAR_AHEAD * said[1]:
+                with torch.no_grad():
+                    runs = (self._operator(form), plain.operator(self.op))
+                    kernels = [each.kernel(op, self._dtype) for each, op in zip((form, plain), runs, strict=True)]
+                    took = [best_seconds(partial(kernel, x, None)) for kernel in kernels]
+                form = form if took[0] < took[1] else plain
+            _SETTLED[key] = form
+        return _SETTLED[key]
+
     def _operator(self, form: Form) -> Operator:
-        place = (form.dense, form.dtype)
+        place = (form.dense, form.dtype, form.single)
         if place not in self._running:
             with torch.no_grad(), torch.autocast(self.op.device.type, enabled=False):
                 self._running[place] = form.operator(self.op)
@@ -189,6 +252,6 @@ class Prepared:
         key = max(batch - 1, 0).bit_length()
         kernel = self._kernels.get(key)
         if kernel is None:
-            form = self.form(batch)
+            form = self.settled(x)
             kernel = self._kernels[key] = form.kernel(self._operator(form), self._dtype)
         return kernel(x, bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_solve
-from gramian.ops.block_low_rank import BlockLowRank, block_order, padded, padded_gram
+from gramian.ops.block_low_rank import BlockLowRank, block_order, padded, padded_gram, rows_of_blocks
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -54,11 +54,8 @@ class BlockDiagonal(Operator):
         batch = x.shape[:-1]
         if b * p > self.columns:
             x = F.pad(x, (0, b * p - self.columns))
-        if self.strided_columns:
-            blocks = x.reshape(-1, p, b).permute(2, 0, 1).contiguous()  # (b, B, p); a strided operand is slower still
-        else:
-            blocks = x.reshape(-1, b, p).transpose(0, 1)
-        y = blocks @ self.values.mT  # (b, B, s)
+        x = x.reshape(-1, p, b).mT if self.strided_columns else x.reshape(-1, b, p)
+        y = torch.bmm(rows_of_blocks(x), self.values.mT)  # (b, B, s)
         y = y.permute(1, 2, 0) if self.strided_rows else y.transpose(0, 1)
         return y.reshape(-1, b * s)[:, : self.rows].reshape(*batch, self.rows)
 

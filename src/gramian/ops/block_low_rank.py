@@ -131,13 +131,10 @@ class BlockLowRank(Operator):
         batch = x.shape[:-1]
         if k * p > self.columns:
             x = F.pad(x, (0, k * p - self.columns))
-        if self.strided_columns:
-            blocks = x.reshape(-1, p, k).permute(2, 0, 1)  # (K, B, p)
-        else:
-            blocks = x.reshape(-1, k, p).transpose(0, 1)
-        z = blocks @ self.right.mT  # (K, B, J t)
-        z = z.reshape(k, -1, j, tk // k).permute(2, 1, 3, 0).reshape(j, -1, tk)  # (J, B, t K)
-        y = z @ self.left.mT  # (J, B, s)
+        x = x.reshape(-1, p, k).mT if self.strided_columns else x.reshape(-1, k, p)
+        z = torch.bmm(rows_of_blocks(x), self.right.mT)  # (K, B, J t)
+        z = z.reshape(k, -1, j, tk // k).permute(1, 2, 3, 0).reshape(-1, j, tk)
+        y = torch.bmm(rows_of_blocks(z), self.left.mT)  # (J, B, s)
         y = y.permute(1, 2, 0) if self.strided_rows else y.transpose(0, 1)
         y = y.reshape(-1, j * s)[:, : self.rows]
         return y.reshape(*batch, self.rows)
@@ -150,6 +147,8 @@ class BlockLowRank(Operator):
         if j == 1 and k == 1:
             return self.left[0] @ (self.right[0] @ x)
         batch = x.shape[1]
+        if batch == 1:  # batched products with one column are several times slower than with one row
+            return self.apply(x.mT).mT
         if k * p > self.columns:
             x = F.pad(x, (0, 0, 0, k * p - self.columns))
         blocks = x.reshape(p, k, batch).transpose(0, 1) if self.strided_columns else x.reshape(k, p, batch)
@@ -297,6 +296,13 @@ class BlockLowRank(Operator):
             if rank >= 1:
                 found.append({"rank": rank, "blocks": [b, b]})
         return found
+
+
+def rows_of_blocks(x: Tensor) -> Tensor:
+    """(B, b, p) -> (b, B, p), a view of whole rows, copied if need be: batched products read those up to twice as fast as
+    block after block.
+    """
+    return x.contiguous().transpose(0, 1)
 
 
 def block_order(length: int, blocks: int, width: int, strided: bool) -> Tensor:
