@@ -164,10 +164,10 @@ def training(n: int = 2048, batch: int = 512) -> None:
 
 
 def in_rounds(calls: Sequence[Callable[[], float]], rounds: int = 5) -> list[float]:
-    """The best of what each call measures over rounds of all of them, at the machine's best pace."""
+    """The mean of what each call measures over rounds of all of them, at the machine's usual pace."""
     pace = Pace()
     found = [[pace.relative(call()) for call in calls] for _ in range(rounds)]
-    return [pace.least * min(values) for values in zip(*found, strict=True)]
+    return [pace.usual * statistics.fmean(values) for values in zip(*found, strict=True)]
 
 
 def reference() -> float:

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,9 +24,10 @@ from gramian.execution.cost_model import CostModel
 from gramian.execution.work import MatrixProduct
 
 LARGEST_FLOPS = 2e9
-ROUNDS = 3
-"""Every product is measured in this many rounds over all of them, and the best counts: a busy moment then falls on some
-rounds of each only."""
+ROUNDS = 2
+"""Every product is measured in this many rounds over all of them, and the mean counts: of short products with several threads
+the best of a few is luck, and says less about the next."""
+MOST_SHAPES = 600
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -88,14 +88,14 @@ def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGES
 
 
 def time_product(product: MatrixProduct, device: str = "cpu") -> float:
-    """Seconds of one product."""
+    """Seconds of one product, measured once."""
     left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
     right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
     with torch.inference_mode():
         if product.count == 1:
             left, right = left[0], right[0]
-            return best_seconds(lambda: torch.mm(left, right))
-        return best_seconds(lambda: torch.bmm(left, right))
+            return best_seconds(lambda: torch.mm(left, right), repeats=1)
+        return best_seconds(lambda: torch.bmm(left, right), repeats=1)
 
 
 def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: str) -> Tensor:
@@ -128,13 +128,13 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
         share = (until * budget - (start - begun)) / ROUNDS
         shapes: list[MatrixProduct] = []
         first: list[float] = []
-        while len(shapes) < 24 or (time.perf_counter() - start < share and len(shapes) < 400):
+        while len(shapes) < 24 or (time.perf_counter() - start < share and len(shapes) < MOST_SHAPES):
             shapes.append(random_product(r, dtype, largest))
             first.append(pace.relative(time_product(shapes[-1])))
             tell()
         others = [[pace.relative(time_product(shape)) for shape in shapes] for _ in range(ROUNDS - 1)]
         tell()
-        seconds = [pace.least * min(values) for values in zip(first, *others, strict=True)]
+        seconds = [pace.usual * statistics.fmean(values) for values in zip(first, *others, strict=True)]
         products[str(dtype).removeprefix("torch.")] = list(zip(shapes, seconds, strict=True))
         passes = {
             kind: [(nbytes, min(a, b)) for (nbytes, a), (_, b) in zip(rows, again, strict=True)]
@@ -153,17 +153,18 @@ class Pace:
 
     def __init__(self) -> None:
         self._a = torch.ones(192, 192)
-        self._recent: deque[float] = deque(maxlen=5)
-        self.least = math.inf
-        """Seconds of the reference product at the machine's best."""
+        self._seen: list[float] = []
 
     def relative(self, seconds: float) -> float:
         """What was just measured, in units of the reference product at this moment."""
         with torch.inference_mode():
-            self._recent.append(best_seconds(lambda: self._a @ self._a, at_least=1e-4))
-        now = statistics.median(self._recent)
-        self.least = min(self.least, now)
-        return seconds / now
+            self._seen.append(best_seconds(lambda: self._a @ self._a, at_least=1e-4))
+        return seconds / statistics.median(self._seen[-5:])
+
+    @property
+    def usual(self) -> float:
+        """Seconds of the reference product, the median so far."""
+        return statistics.median(self._seen)
 
 
 def _affordable(dtype: torch.dtype) -> float:

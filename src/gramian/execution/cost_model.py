@@ -67,6 +67,8 @@ def features(product: MatrixProduct) -> list[float]:
     return [*(math.log2(v) for v in sizes), *ragged, float(product.left_transposed), float(product.right_transposed)]
 
 
+LEARNED_FROM = 350
+"""Measurements that the length scales are learned from, which takes their cube; the prediction rests on all."""
 GROUPS = (0, 1, 2, 3, 4, 4, 4, 5, 5)
 """Which length scale each feature has."""
 
@@ -76,7 +78,7 @@ class Residuals:
 
     Args:
         x: (n, f) features.
-        y: (n,) residuals.
+        y: (n,) residuals, of shapes in no order.
         theta: logarithms of the six length scales, the signal's and the noise's deviation; learned when None, by
             marginal likelihood.
     """
@@ -101,14 +103,15 @@ class Residuals:
     def _learn(self) -> Tensor:
         theta = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -2.5], dtype=torch.float64).requires_grad_()
         optimiser = torch.optim.LBFGS([theta], max_iter=60, line_search_fn="strong_wolfe")
-        eye = torch.eye(len(self.x), dtype=torch.float64)
+        x, y = self.x[:LEARNED_FROM], self.y[:LEARNED_FROM]
+        eye = torch.eye(len(x), dtype=torch.float64)
 
         def loss() -> Tensor:
             optimiser.zero_grad()
             bounded = theta.clamp(-4.0, 4.0)
-            covariance = self._kernel(self.x, self.x, bounded) + (bounded[-1].exp().square() + 1e-8) * eye
+            covariance = self._kernel(x, x, bounded) + (bounded[-1].exp().square() + 1e-8) * eye
             factor = torch.linalg.cholesky(covariance)
-            white = torch.linalg.solve_triangular(factor, self.y[:, None], upper=False)
+            white = torch.linalg.solve_triangular(factor, y[:, None], upper=False)
             value: Tensor = (
                 0.5 * white.square().sum() + factor.diagonal().log().sum() + 0.01 * (theta - 1).square().sum()
             )
