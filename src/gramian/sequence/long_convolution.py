@@ -79,15 +79,21 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         (x, k), n = ctx.saved_tensors, ctx.n
-        spectrum = torch.fft.rfft(grad, n=n)
+        spectrum = _conjugated(torch.fft.rfft(grad, n=n))
 
         def against(other: Tensor, like: Tensor) -> Tensor:
-            product = (spectrum * torch.fft.rfft(other, n=n).conj()).sum_to_size(*like.shape[:-1], n // 2 + 1)
-            correlation: Tensor = torch.fft.irfft(product, n=n)
+            product = (spectrum * torch.fft.rfft(other, n=n)).sum_to_size(*like.shape[:-1], n // 2 + 1)
+            correlation: Tensor = torch.fft.irfft(_conjugated(product), n=n)
             return correlation[..., : like.shape[-1]]
 
         wanted = ctx.needs_input_grad
         return (against(k, x) if wanted[0] else None), (against(x, k) if wanted[1] else None), None
+
+
+def _conjugated(z: Tensor) -> Tensor:
+    """In place: spectra are large, and memory is slow."""
+    z.imag.neg_()
+    return z
 
 
 def bidirectional(forward: Tensor, backward: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Output(nn.Module):
         x = x if bonus is None else x + bonus
         if gate is not None and not self.gate_first:
             x = x * gate
-        x = x.flatten(-2)
+        x = x.flatten(-2).contiguous()  # convolutions give time last; gradients of two layouts take ten times as long
         x = x if self.activation is None else ACTIVATIONS[self.activation](x)
         x = self.projection(x)
         return F.glu(x, -1) if self.glu else x
