@@ -168,17 +168,23 @@ def _states(
     chunks: int,
 ) -> tuple[Tensor, Tensor]:
     """The states before each chunk (n, N, dk, dv) and the last one; completes what the erases write, `new`, in place."""
-    states = state.new_empty(chunks, *state.shape)
-    w_end = None if w is None else decay.end(w).mT
+    states = state.new_empty(chunks + 1, *state.shape)
+    states[0] = state
+    w_ends = None if w is None else decay.end(w).mT.unbind()
+    each = states.unbind()
     for i in range(chunks):
-        states[i] = state
-        state = state.clone() if decay.total is None else state * decay.total[i]
-        if added is not None:
-            state += added[i]
-        if new is not None and spread is not None and w_end is not None:
-            new[i].baddbmm_(spread[i], states[i])
-            state.baddbmm_(w_end[i], new[i])
-    return states, state
+        before, after = each[i], each[i + 1]
+        if decay.total is not None:
+            torch.mul(before, decay.total[i], out=after)
+        elif added is not None:
+            torch.add(before, added[i], out=after)
+        else:
+            after.copy_(before)
+        if added is not None and decay.total is not None:
+            after += added[i]
+        if new is not None and spread is not None and w_ends is not None:
+            after.baddbmm_(w_ends[i], new[i].baddbmm_(spread[i], before))
+    return states[:-1], each[-1].clone()
 
 
 def _states_backward(
@@ -186,19 +192,18 @@ def _states_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states after each chunk and of the first one; completes `dnew` in place."""
     dend = torch.empty_like(dstates)
-    w_end = None if w is None else decay.end(w).conj()
-    dstate = dlast
-    for i in range(len(dstates) - 1, -1, -1):
-        dend[i] = dstate
-        dstate = dstates[i]
+    dend[-1] = dlast
+    w_ends = None if w is None else decay.end(w).conj().unbind()
+    each, after = dstates.unbind(), dend.unbind()
+    for i in range(len(each) - 1, -1, -1):
+        dstate = after[i - 1] if i else each[0]
         if decay.total is None:
-            dstate += dend[i]
+            torch.add(each[i], after[i], out=dstate)
         else:
-            dstate.addcmul_(dend[i], decay.total[i])
-        if dnew is not None and spread is not None and w_end is not None:
-            dnew[i].baddbmm_(w_end[i], dend[i])
-            dstate.baddbmm_(spread[i].mH, dnew[i])
-    return dend, dstate
+            torch.addcmul(each[i], after[i], decay.total[i], out=dstate)
+        if dnew is not None and spread is not None and w_ends is not None:
+            dstate.baddbmm_(spread[i].mH, dnew[i].baddbmm_(w_ends[i], after[i]))
+    return dend, each[0]
 
 
 def _inner(decay: decays.Decay, x: Tensor, dx: Tensor) -> Tensor:
