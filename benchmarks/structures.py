@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import write
-from gramian.execution import Form, Prepared, calibrate, candidates, forget, predicted, save
+from gramian.execution import Prepared, calibrate, candidates, forget, predicted, save
 from gramian.execution.bench import bandwidth, bench, interleaved, peak_rate, peers, zoo
 from gramian.execution.calibration import Pace, best_seconds, random_product, time_product
 from gramian.nn import FeatureMajor, StructuredLinear
@@ -94,17 +94,15 @@ def decode(n: int = 2048, held: float = 256e6) -> None:
     calls = {"dense": in_turn(partial(F.linear, x, weight) for weight in matrices)}
     calls["dense, ours"] = in_turn(partial(Prepared(Dense(weight)), x) for weight in matrices)
     nbytes = dict.fromkeys(calls, 4 * n * n)
-    form = Form(False, False, torch.float32)
     with torch.inference_mode():
         for name, op in zoo(n).items():
             if any(part in name for part in TABLE[:5]):
                 copies = round(held / op.nbytes)
 
                 def made(op: Operator = op, copies: int = copies) -> list[Operator]:
-                    again = (op.replace(**{k: f.clone() for k, f in op.factors().items()}) for _ in range(copies))
-                    return [form.operator(each) for each in again]
+                    return [op.replace(**{k: f.clone() for k, f in op.factors().items()}) for _ in range(copies)]
 
-                calls[name] = in_turn(partial(form.kernel(each, torch.float32), x, None) for each in made())
+                calls[name] = in_turn(partial(Prepared(each), x) for each in made())
                 nbytes[name] = op.nbytes
                 for peer in peers(op, x):
                     calls[peer] = in_turn(peers(each, x)[peer] for each in made())

@@ -145,6 +145,14 @@ def test_parity_is_learned_and_held() -> None:
     assert again["loss"] == same["loss"]  # the seed decides
 
 
+def test_the_feed_forward_is_as_narrow_as_asked() -> None:
+    """Wide ones learn pairs of letters by heart."""
+    wide, narrow = (tracker(group("a5"), 2, hidden=hidden) for hidden in (None, 16))
+    assert [m.layers[0].feed_forward.up.weight.shape[0] for m in (wide, narrow)] == [176, 16]
+    found = track("z3", 1, train_length=4, test_lengths=(6,), dim=16, hidden=8, steps=2, batch=4)
+    assert found["parameters"] == sum(p.numel() for p in tracker(group("z3"), 1, dim=16, hidden=8).parameters())
+
+
 def test_track_refuses() -> None:
     with pytest.raises(GramianError, match="expected numbers from 1 up"):
         track("parity", 1, train_length=0)
