@@ -87,7 +87,10 @@ def decode(n: int = 2048, held: float = 256e6) -> None:
     x = torch.randn(1, n)
 
     def in_turn(runs: Iterable[Callable[[], object]]) -> Callable[[], object]:
-        turn = cycle(list(runs))
+        every = list(runs)
+        for run in every:
+            run()  # forms are chosen in the first call
+        turn = cycle(every)
         return lambda: next(turn)()
 
     matrices = [torch.randn(n, n) for _ in range(round(held / (4 * n * n)))]

@@ -127,19 +127,20 @@ def _columns(op: Operator) -> Kernel:
 
 
 def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
-    """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major, or for a single row, of which
-    both are the same, with and without ``Form.single``.
+    """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major. For a single row, of which
+    both are the same, ``Form.single`` where there is a tall factor (and the plain dense product, to compare with).
     """
     dtypes = [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
-    structured = [] if isinstance(op.runtime(), Dense) else [False]
-    layouts = [(False, False), (False, True)] if batch == 1 else [(False, False), (True, False)]
-    forms = [
-        Form(dense, columns, kind, single)
-        for kind in dtypes
-        for dense in (*structured, True)
-        for columns, single in layouts
-    ]
-    return [form for form in forms if not form.single or _tall(form.operator(op.to("meta")))]
+    runs = op.to("meta").runtime()
+    out = []
+    for kind in dtypes:
+        if not isinstance(runs, Dense):
+            out += [Form(False, False, kind, batch == 1 and bool(_tall(runs)))]
+            out += [Form(False, True, kind)] if batch != 1 else []
+        out += [Form(True, False, kind)]
+        out += [Form(True, True, kind)] if batch != 1 else []
+        out += [Form(True, False, kind, True)] if batch == 1 and op.shape[0] > op.shape[1] else []
+    return out
 
 
 def predicted(op: Operator, form: Form, batch: int, dtype: torch.dtype, model: CostModel) -> float:

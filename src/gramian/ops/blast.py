@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import eigenvectors, psd_solve, reduced_rank, svd, weighted_error
-from gramian.ops.block_low_rank import rows_of_blocks
+from gramian.ops.block_low_rank import joined, rows_of_blocks
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -80,7 +80,7 @@ class Blast(Operator):
         """Three batched products. Of many rows the middle one, over r, reads and writes views, so only the result is copied;
         of few, copies are small and products of views take twice as long.
         """
-        (i, p, _), (j, _, q) = self.left.shape, self.right.shape
+        j, _, q = self.right.shape
         batch = x.shape[:-1]
         if j * q > self.columns:
             x = F.pad(x, (0, j * q - self.columns))
@@ -93,8 +93,7 @@ class Blast(Operator):
             z = self.right @ x.permute(1, 2, 0)  # (J, r, B)
             z = self.scales @ z.transpose(0, 1)  # (r, I, B)
             y = z.permute(1, 2, 0) @ self.left.mT  # (I, B, p)
-        y = y.transpose(0, 1).reshape(-1, i * p)[:, : self.rows]
-        return y.reshape(*batch, self.rows)
+        return joined(y.transpose(0, 1), batch, self.rows)
 
     def apply_columns(self, x: Tensor) -> Tensor:
         """Nothing is copied: every product reads a view of the one before, with contiguous runs of the batch."""

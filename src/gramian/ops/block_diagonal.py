@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_solve
-from gramian.ops.block_low_rank import BlockLowRank, block_order, padded, padded_gram, rows_of_blocks
+from gramian.ops.block_low_rank import BlockLowRank, block_order, joined, padded, padded_gram, rows_of_blocks
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -50,14 +50,14 @@ class BlockDiagonal(Operator):
         return (self.rows, self.columns)
 
     def apply(self, x: Tensor) -> Tensor:
-        b, s, p = self.values.shape
+        b, _, p = self.values.shape
         batch = x.shape[:-1]
         if b * p > self.columns:
             x = F.pad(x, (0, b * p - self.columns))
         x = x.reshape(-1, p, b).mT if self.strided_columns else x.reshape(-1, b, p)
         y = torch.bmm(rows_of_blocks(x), self.values.mT)  # (b, B, s)
         y = y.permute(1, 2, 0) if self.strided_rows else y.transpose(0, 1)
-        return y.reshape(-1, b * s)[:, : self.rows].reshape(*batch, self.rows)
+        return joined(y, batch, self.rows)
 
     def apply_columns(self, x: Tensor) -> Tensor:
         b, s, p = self.values.shape

@@ -125,7 +125,7 @@ class BlockLowRank(Operator):
         return (self.rows, self.columns)
 
     def apply(self, x: Tensor) -> Tensor:
-        (j, s, tk), (k, _, p) = self.left.shape, self.right.shape
+        (j, _, tk), (k, _, p) = self.left.shape, self.right.shape
         if j == 1 and k == 1:
             return F.linear(F.linear(x, self.right[0]), self.left[0])
         batch = x.shape[:-1]
@@ -136,8 +136,7 @@ class BlockLowRank(Operator):
         z = z.reshape(k, -1, j, tk // k).permute(1, 2, 3, 0).reshape(-1, j, tk)
         y = torch.bmm(rows_of_blocks(z), self.left.mT)  # (J, B, s)
         y = y.permute(1, 2, 0) if self.strided_rows else y.transpose(0, 1)
-        y = y.reshape(-1, j * s)[:, : self.rows]
-        return y.reshape(*batch, self.rows)
+        return joined(y, batch, self.rows)
 
     def apply_columns(self, x: Tensor) -> Tensor:
         """Between the two batched products lies a view: rows of z are contiguous runs of the batch, so nothing is copied
@@ -303,6 +302,13 @@ def rows_of_blocks(x: Tensor) -> Tensor:
     block after block.
     """
     return x.contiguous().transpose(0, 1)
+
+
+def joined(y: Tensor, batch: tuple[int, ...], rows: int) -> Tensor:
+    """Blocks (B, ., .) side by side again, without padding: (*batch, rows)."""
+    if y.shape[1] * y.shape[2] != rows:
+        y = y.reshape(-1, y.shape[1] * y.shape[2])[:, :rows]
+    return y.reshape(*batch, rows)
 
 
 def block_order(length: int, blocks: int, width: int, strided: bool) -> Tensor:
