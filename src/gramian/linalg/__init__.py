@@ -16,6 +16,7 @@ from gramian.linalg.spectral import (
     psd_rank,
     psd_root,
     psd_solve,
+    solve,
     svd,
     svdvals,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "psd_solve",
     "randomised_svd",
     "reduced_rank",
+    "solve",
     "svd",
     "svd_of_product",
     "svd_requests",

@@ -115,6 +115,23 @@ def psd_solve(matrix: Tensor, right: Tensor, rcond: float = RCOND) -> Tensor:
     return vectors @ (inverse[:, None] * (vectors.mT @ right))
 
 
+LARGEST_TOGETHER = 64
+"""Sides of matrices that torch's batched LU is trusted with, see ``solve``."""
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix^{-1} right``: (..., n, n) and (..., n, m) -> (..., n, m).
+
+    ``torch.linalg.solve``, but larger matrices of a batch one by one on a CPU: with threads set by hand, torch factors several
+    at once in ways that MKL does not allow, and fails, hangs or is wrong (pytorch issue 142815, open in 2.13).
+    """
+    if matrix.dim() == 2 or matrix.device.type != "cpu" or matrix.shape[-1] <= LARGEST_TOGETHER:
+        solved: Tensor = torch.linalg.solve(matrix, right)
+        return solved
+    pairs = zip(matrix.flatten(0, -3), right.flatten(0, -3), strict=True)
+    return torch.stack([torch.linalg.solve(*pair) for pair in pairs]).reshape(right.shape)
+
+
 def psd_rank(matrix: Tensor, rcond: float = 1e-10) -> int:
     """Numerical rank of a positive semi-definite matrix (n, n) or diagonal (n,)."""
     values = matrix if matrix.dim() == 1 else eigvalsh(matrix)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import psd_solve, weigh
+from gramian.ops.block_low_rank import joined
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -50,17 +51,15 @@ class BlockSparse(Operator):
         return -(-self.columns // self.values.shape[3])
 
     def apply(self, x: Tensor) -> Tensor:
-        r, c, height, width = self.values.shape
+        r, c, _, width = self.values.shape
         batch = x.shape[:-1]
         padded = self._column_blocks() * width
         if padded > self.columns:
             x = F.pad(x, (0, padded - self.columns))
-        blocks = x.reshape(-1, padded // width, width).transpose(0, 1)  # (C, B, width)
-        gathered = blocks.index_select(0, self.index.reshape(-1).long()).reshape(r, c, -1, width)
-        gathered = gathered.transpose(1, 2).reshape(r, -1, c * width)  # (R, B, c width)
-        y = gathered @ self.values.transpose(1, 2).reshape(r, height, c * width).mT  # (R, B, height)
-        y = y.transpose(0, 1).reshape(-1, r * height)[:, : self.rows]
-        return y.reshape(*batch, self.rows)
+        gathered = x.reshape(-1, padded // width, width).index_select(1, self.index.reshape(-1).long())
+        gathered = gathered.reshape(-1, r, c * width).transpose(0, 1)  # (R, B, c width)
+        y = torch.bmm(gathered, self._rows().mT)  # (R, B, height)
+        return joined(y.transpose(0, 1), batch, self.rows)
 
     def apply_columns(self, x: Tensor) -> Tensor:
         r, c, height, width = self.values.shape
@@ -70,8 +69,16 @@ class BlockSparse(Operator):
         batch = x.shape[1]
         blocks = x.reshape(padded // width, width, batch)
         gathered = blocks.index_select(0, self.index.reshape(-1)).reshape(r, c * width, batch)
-        y = self.values.transpose(1, 2).reshape(r, height, c * width) @ gathered
+        y = self._rows() @ gathered
         return y.reshape(r * height, batch)[: self.rows]
+
+    def _rows(self) -> Tensor:
+        """The blocks of each block row side by side, (R, height, c width); in the run-time form a view."""
+        return self.values.transpose(1, 2).flatten(2)
+
+    def runtime(self) -> BlockSparse:
+        """With blocks in memory as products read them: elsewhere every product copies them."""
+        return self.replace(values=self.values.transpose(1, 2).contiguous().transpose(1, 2))
 
     def dense(self) -> Tensor:
         r, _, height, width = self.values.shape

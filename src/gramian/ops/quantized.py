@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
-from gramian.linalg import hadamard_transform, largest_power_of_two
+from gramian.linalg import hadamard_transform, largest_power_of_two, solve
 from gramian.ops.dense import Dense, spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -407,7 +407,7 @@ def _refit_scales(w: Tensor, gram: Tensor, values: Tensor, scales: Tensor, group
     right = ((w @ gram) * values) @ member
     eye = torch.eye(groups, dtype=w.dtype, device=w.device)
     ridge = 1e-9 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * eye
-    fresh = torch.linalg.solve(normal + ridge + 1e-30 * eye, right).half().double()
+    fresh = solve(normal + ridge + 1e-30 * eye, right[..., None])[..., 0].half().double()
 
     def objective(s: Tensor) -> Tensor:
         return torch.einsum("oa,oab,ob->o", s, normal, s) - 2 * (s * right).sum(1)
