@@ -124,7 +124,7 @@ TARGETS = {
             "a5",
             PRODUCT,
             "even permutations of five, two reflections a token (>= 97 % of products at 8 times the training length)",
-            14.0,
+            16.0,
             _trained({TWO: {"factors": 2, **LARGEST}}, "a5", (256,)),
             lambda found: _tokens(found, TWO, 256) >= 0.97,
         ),
