@@ -25,7 +25,10 @@ LEAST_GAIN = 0.9
 are off by about as much."""
 
 FAR_AHEAD = 0.5
-"""Of the plain dense product's predicted time: a form below it is not measured against that before it is taken."""
+"""Of the plain dense product's predicted time: a form below it is taken without measuring, unless that costs little."""
+
+LITTLE = 1e-3
+"""Seconds of a dense product that is always measured."""
 
 MEASURED_ROWS = 1024
 """Of more rows, so many are measured."""
@@ -214,8 +217,8 @@ class Prepared:
 
     def settled(self, x: Tensor) -> Form:
         """How x (..., in) runs: as predicted, or plainly dense where that turns out faster on x. Predictions err; so with a
-        calibration, a form that is not predicted to be far ahead runs against the dense product once, in the process's
-        first product of such an operator and batch.
+        calibration, a form that is not predicted to be far ahead of a product that takes its time runs against that once,
+        in the process's first product of such an operator and batch.
         """
         batch = x.numel() // max(x.shape[-1], 1)
         form, plain = self.form(batch), Form(True, False, self._dtype)
@@ -234,7 +237,7 @@ class Prepared:
         if key not in _SETTLED:
             light = self.op.to("meta")
             said = [predicted(light, each, batch, self._dtype, model) for each in (form, plain)]
-            if said[0] >= FAR_AHEAD * said[1]:
+            if said[0] >= FAR_AHEAD * said[1] or said[1] < LITTLE:
                 with torch.no_grad():
                     runs = (self._operator(form), plain.operator(self.op))
                     kernels = [each.kernel(op, self._dtype) for each, op in zip((form, plain), runs, strict=True)]
