@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError, nearest
 from gramian.linalg import polar
-from gramian.nn import StructuredLinear, as_linear
 from gramian.ops import Cosine, Dense, Diagonal, Hadamard, Identity, Operator, Permutation, block_diag, kron
 
 FeatureMap = Callable[[Tensor], Tensor]
@@ -261,13 +260,16 @@ class FeedForwardFeatures(nn.Module):
 def _held(frequencies: Operator | nn.Module, learned: bool) -> nn.Module:
     if isinstance(frequencies, nn.Module):
         return frequencies
+    from gramian.nn import as_linear  # here, so that plain layers import faster
+
     return as_linear(frequencies).requires_grad_(learned)
 
 
 def _projected(layer: nn.Module, x: Tensor) -> Tensor:
     """``W x + b`` in the dtype of x, whatever the layer's: exponents need the precision that the caller chose."""
-    if isinstance(layer, StructuredLinear):
-        return layer.op.to(dtype=x.dtype).apply(x)
+    op = getattr(layer, "op", None)
+    if isinstance(op, Operator):
+        return op.to(dtype=x.dtype).apply(x)
     if isinstance(layer, nn.Linear):
         return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
     made: Tensor = layer(x)

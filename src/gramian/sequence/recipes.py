@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from gramian.errors import GramianError, nearest
-from gramian.nn import structured as structured_layer
 from gramian.ops import fourier_blocks
 from gramian.sequence import features as maps
 from gramian.sequence.cores import BlockAttention, Core, Filter, Recurrent, ThirdOrder
@@ -77,6 +76,8 @@ def mixer(name: str, dim: int, **options: Any) -> SequenceMixer:
 
 def structured(kind: str, **size: Any) -> Linear:
     """A factory of projections of one structure, for ``linear=``; sizes as the structure's ``sizes`` lists them."""
+    from gramian.nn import structured as structured_layer  # here, so that plain layers import faster
+
     return lambda in_, out, bias: structured_layer(in_, out, kind, bias=bias, **size)
 
 
