@@ -188,6 +188,15 @@ def _dense_by_operations(op: Operator) -> bool:
     return isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
 
 
+def _rows_of(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _power(batch: int) -> int:
+    """The exponent of the next power of two: batches of one are alike."""
+    return max(batch - 1, 0).bit_length()
+
+
 _SETTLED: dict[tuple[Hashable, ...], Form] = {}
 """What ``Prepared`` found by measuring, by kind and shapes of operator, dtype, batch and threads."""
 
@@ -208,7 +217,7 @@ class Prepared:
 
     def form(self, batch: int) -> Form:
         """How `batch` rows run, as predicted for the next power of two."""
-        return choose(self.op, 1 << max(batch - 1, 0).bit_length(), self._dtype)[0]
+        return choose(self.op, 1 << _power(batch), self._dtype)[0]
 
     def columns(self, x: Tensor) -> Tensor:
         """``A x``, feature-major: x (in, B) -> (out, B), structured unless that takes nearly the operations of dense."""
@@ -220,32 +229,30 @@ class Prepared:
         calibration, a form that is not predicted to be far ahead of a product that takes its time runs against that once,
         in the process's first product of such an operator and batch.
         """
-        batch = x.numel() // max(x.shape[-1], 1)
-        form, plain = self.form(batch), Form(True, False, self._dtype)
+        batch = _rows_of(x)
         model = stored() if x.device.type == "cpu" else None
-        if model is None or form == plain or is_in_torch_dispatch_mode():  # a mode may count what runs
-            return form
+        if model is None or is_in_torch_dispatch_mode():  # a mode may count what runs
+            return self.form(batch)
         shapes = tuple((name, factor.shape, factor.dtype) for name, factor in self.op.factors().items())
-        key = (
-            self.op.kind,
-            self.op.shape,
-            shapes,
-            self._dtype,
-            max(batch - 1, 0).bit_length(),
-            torch.get_num_threads(),
-        )
-        if key not in _SETTLED:
-            light = self.op.to("meta")
-            said = [predicted(light, each, batch, self._dtype, model) for each in (form, plain)]
-            if said[0] >= FAR_AHEAD * said[1] or said[1] < LITTLE:
-                with torch.no_grad():
-                    runs = (self._operator(form), plain.operator(self.op))
-                    kernels = [each.kernel(op, self._dtype) for each, op in zip((form, plain), runs, strict=True)]
-                    some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
-                    took = [best_seconds(partial(kernel, some, None)) for kernel in kernels]
-                form = form if took[0] < took[1] else plain
-            _SETTLED[key] = form
+        key = (self.op.kind, self.op.shape, shapes, self._dtype, _power(batch), torch.get_num_threads())
+        if key not in _SETTLED:  # looked up first: layers alike need no prediction either
+            _SETTLED[key] = self._measured(x, self.form(batch), model)
         return _SETTLED[key]
+
+    def _measured(self, x: Tensor, form: Form, model: CostModel) -> Form:
+        plain = Form(True, False, self._dtype)
+        if form == plain:
+            return form
+        light, batch = self.op.to("meta"), _rows_of(x)
+        said = [predicted(light, each, batch, self._dtype, model) for each in (form, plain)]
+        if said[0] < FAR_AHEAD * said[1] and said[1] >= LITTLE:
+            return form
+        with torch.no_grad():
+            runs = (self._operator(form), plain.operator(self.op))
+            kernels = [each.kernel(op, self._dtype) for each, op in zip((form, plain), runs, strict=True)]
+            some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
+            took = [best_seconds(partial(kernel, some, None)) for kernel in kernels]
+        return form if took[0] < took[1] else plain
 
     def _operator(self, form: Form) -> Operator:
         place = (form.dense, form.dtype, form.single)
@@ -256,8 +263,7 @@ class Prepared:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x A^T + bias``: x (..., in) -> (..., out)."""
-        batch = x.numel() // max(x.shape[-1], 1)
-        key = max(batch - 1, 0).bit_length()
+        key = _power(_rows_of(x))
         kernel = self._kernels.get(key)
         if kernel is None:
             form = self.settled(x)

@@ -174,13 +174,11 @@ def _states(
     each = states.unbind()
     for i in range(chunks):
         before, after = each[i], each[i + 1]
-        if decay.total is not None:
-            torch.mul(before, decay.total[i], out=after)
-        elif added is not None:
-            torch.add(before, added[i], out=after)
-        else:
+        if decay.total is None:
             after.copy_(before)
-        if added is not None and decay.total is not None:
+        else:
+            torch.mul(before, decay.total[i], out=after)
+        if added is not None:
             after += added[i]
         if new is not None and spread is not None and w_ends is not None:
             after.baddbmm_(w_ends[i], new[i].baddbmm_(spread[i], before))
