@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,12 @@ from gramian.execution import (
     candidates,
     choose,
     predicted,
+    trace,
     work,
 )
 from gramian.execution.cost_model import features
 from gramian.nn import FeatureMajor, StructuredLinear, as_linear
-from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Skeleton, monarch
+from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Skeleton, monarch
 
 FLOAT = torch.float32
 
@@ -149,6 +151,7 @@ def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> Non
         seen.append(batch)
         return Form(batch > 16, False, dtype), 0.0
 
+    monkeypatch.setattr("gramian.execution.forms.stored", lambda: None)
     monkeypatch.setattr("gramian.execution.forms.choose", note)
     op = BlockLowRank.init((24, 16), rank=2, generator=seeded())
     ready = Prepared(op)
@@ -158,46 +161,69 @@ def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [1, 4, 128], "once for each power of two"
 
 
-@pytest.mark.parametrize(("slow", "dense"), [("structured", True), ("dense", False)])
-def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, slow: str, dense: bool) -> None:
-    """A form that is not far ahead is measured against the dense product, and the faster runs, in every layer of its kind."""
+@pytest.mark.parametrize(
+    "fastest", [Form(False, False, FLOAT), Form(True, False, FLOAT), Form(True, False, FLOAT, True)]
+)
+def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fastest: Form) -> None:
+    """Forms that are predicted close run against each other and the dense product, and the fastest is taken, in every layer
+    of its kind.
+    """
     monkeypatch.setattr("gramian.execution.forms.stored", pretended)
     monkeypatch.setattr("gramian.execution.forms._SETTLED", {})
-    monkeypatch.setattr("gramian.execution.forms.FAR_AHEAD", 0.0)
-    monkeypatch.setattr("gramian.execution.forms.choose", lambda op, batch, dtype: (Form(False, False, dtype), 1.0))
+    structured, cut, plain = Form(False, False, FLOAT), Form(True, False, FLOAT, True), Form(True, False, FLOAT)
+    far = Form(False, True, FLOAT)
+    order = [(1.0, structured), (1.1, cut), (9.0, far), (9.5, plain)]
+    monkeypatch.setattr("gramian.execution.forms.ranked", lambda *args: order)
+    monkeypatch.setattr("gramian.execution.forms.LITTLE", 10.0)
     asked: list[int] = []
 
-    def pretended_seconds(call: Callable[[], object]) -> float:
-        asked.append(0)
-        first = len(asked) % 2 == 1  # the structured product is asked first
-        return 2.0 if first == (slow == "structured") else 1.0
+    def pretended_seconds(calls: list[Callable[[], object]], *, cold: bool) -> list[float]:
+        asked.append(len(calls))
+        return [1.0 if form == fastest else 2.0 for form in (structured, cut, plain)]
 
-    monkeypatch.setattr("gramian.execution.forms.best_seconds", pretended_seconds)
+    monkeypatch.setattr("gramian.execution.forms.in_turn", pretended_seconds)
     x = torch.randn(4, 48)
     for seed in range(3):
         op = BlockLowRank.init((64, 48), rank=8, generator=seeded(seed))
         ready = Prepared(op)
-        assert ready.settled(x) == Form(dense, False, FLOAT)
+        assert ready.settled(x) == fastest
         torch.testing.assert_close(ready(x), x @ op.dense().mT)
-    assert len(asked) == 2
+    assert asked == [3], "once, and what is predicted far behind is left out"
     with FlopCounterMode(display=False) as counter:  # what a counter sees is the product alone
         Prepared(BlockLowRank.init((64, 48), rank=4, generator=seeded()))(x)
     assert counter.get_total_flops() == 4 * 2 * 4 * (64 + 48)
 
 
-def test_a_single_row_reads_tall_factors_by_columns() -> None:
-    op = BlockLowRank.init((96, 64), rank=8, generator=seeded())
-    (form,) = [form for form in candidates(op, FLOAT, 1) if not form.dense]
-    assert form.single
-    runs = form.operator(op)
-    assert isinstance(runs, BlockLowRank)
-    assert runs.left.mT.is_contiguous()
-    assert runs.right is op.right, "only the tall factor is copied"
-    x = torch.randn(1, 64, generator=seeded())
-    torch.testing.assert_close(form.kernel(runs, FLOAT)(x, None), x @ op.dense().mT)
-    wide = BlockLowRank.init((4, 64), rank=4, generator=seeded())
-    assert not any(form.single for form in candidates(wide, FLOAT, 1))
-    assert not any(form.single for form in candidates(op, FLOAT, 2))
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize(
+    "op",
+    [
+        Dense(torch.randn(24, 10, generator=seeded())),
+        BlockLowRank.init((35, 10), rank=6, generator=seeded()),
+        Product((Selection(torch.arange(0, 30, 2, dtype=torch.int32), 31, scatter=True), Dense(torch.randn(15, 10)))),
+        Product((Dense(torch.randn(12, 5)), Selection(torch.arange(5, dtype=torch.int32), 10))),
+    ],
+    ids=["dense", "low rank", "some rows", "some columns"],
+)
+def test_few_rows_may_run_cut(op: Operator, rows: int) -> None:
+    forms = [form for form in candidates(op, FLOAT, rows) if form.cut]
+    assert {form.dense for form in forms} >= {isinstance(op, Dense)}
+    x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
+    for form in forms:
+        kernel = form.kernel(form.operator(op), FLOAT)
+        torch.testing.assert_close(kernel(x, bias), x @ op.dense().mT + bias)
+        torch.testing.assert_close(kernel(x[None], None), (x @ op.dense().mT)[None])
+        counts = [step.count for step in trace(partial(kernel, bias=None), (rows, 10), FLOAT) if hasattr(step, "m")]
+        assert max(counts) > 1, "one batched product"
+    assert not any(form.cut for form in candidates(op, FLOAT, 65))
+
+
+def test_what_cannot_be_cut_runs_whole() -> None:
+    assert not any(form.cut for form in candidates(Dense(torch.randn(11, 4)), FLOAT, 1))
+    op = BlockLowRank.init((11, 8), rank=4, generator=seeded())  # one of two factors can
+    (form,) = (form for form in candidates(op, FLOAT, 1) if form.cut)
+    x = torch.randn(1, 8)
+    torch.testing.assert_close(form.kernel(form.operator(op), FLOAT)(x, None), x @ op.dense().mT)
 
 
 def layers() -> list[nn.Module]:

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,35 @@ def best_seconds(call: Callable[[], object], *, at_least: float = 0.0005, repeat
             call()
         best = min(best, (time.perf_counter() - start) / group)
     return best
+
+
+EVICTED = 2**26
+"""Bytes to read so that nothing else stays in a processor's caches."""
+
+
+def in_turn(calls: Sequence[Callable[[], object]], *, cold: bool, rounds: int = 3) -> list[float]:
+    """Seconds of each call, the least of some rounds over all of them: the pace of a machine changes.
+
+    Args:
+        calls: what to measure.
+        cold: every time after the caches were filled with something else. So a layer of few rows runs in a model, whose
+            next product of the same weights comes after all others.
+        rounds: how often.
+    """
+    other = torch.ones(EVICTED // 4 if cold else 0)
+
+    def once(call: Callable[[], object]) -> float:
+        if not cold:
+            return best_seconds(call)
+        other.sum()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    for call in calls:
+        call()
+    taken = [[once(call) for call in calls] for _ in range(rounds)]
+    return [min(seconds) for seconds in zip(*taken, strict=True)]
 
 
 def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS) -> MatrixProduct:

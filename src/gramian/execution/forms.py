@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gramian.execution.calibration import best_seconds, stored
+from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import trace
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection
@@ -30,8 +30,26 @@ FAR_AHEAD = 0.5
 LITTLE = 1e-3
 """Seconds of a dense product that is always measured."""
 
+RIVALS = 4
+"""So many of the forms that are predicted best are measured,"""
+
+CLOSE = 1.6
+"""where they are predicted to take at most this many times as long as the best."""
+
 MEASURED_ROWS = 1024
 """Of more rows, so many are measured."""
+
+COLD_ROWS = 8
+"""Up to so many rows reading the weights takes longest, and they are measured from memory,"""
+
+COLD_BYTES = 2**18
+"""where they are at least so many."""
+
+FEW_ROWS = 64
+"""Up to so many rows of x a product may run cut (``Form.cut``)."""
+
+PIECES = 8
+"""Into so many a matrix is cut, or the next smaller number that divides its rows."""
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
@@ -46,24 +64,22 @@ class Form:
         columns: feature-major inside: ``(A x^T)^T``, transposing what comes in and goes out (by views where the kernel
             takes them).
         dtype: computed in; another than the operator's where the machine has no fast kernel for that one.
-        single: for one row at a time: the factor with more rows than columns is kept a second time, column after column.
-            Read from memory so, a product with one row takes about half the time.
+        cut: for few rows of x: each matrix is cut into pieces of as many rows, multiplied as one batch. Libraries give few
+            rows to one thread, or share them out badly; so cut, a product of 1 to 32 rows takes 1/2 to 4/5 of the time.
     """
 
     dense: bool
     columns: bool
     dtype: torch.dtype
-    single: bool = False
+    cut: bool = False
 
     def operator(self, op: Operator) -> Operator:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
-        runs = (Dense(op.dense()) if self.dense else op.runtime()).to(dtype=self.dtype)
-        tall = _tall(runs) if self.single else {}
-        return runs.replace(**{name: factor.mT.contiguous().mT for name, factor in tall.items()}) if tall else runs
+        return (Dense(op.dense().contiguous()) if self.dense else op.runtime()).to(dtype=self.dtype)
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
         """The product of ``runs``, as ``self.operator`` gave it, for x, bias and y of `dtype`."""
-        product = _columns(runs) if self.columns else _rows(runs)
+        product = _columns(runs) if self.columns else _rows(runs, _cut if self.cut else _linear)
         if self.dtype == dtype:
             return product
         inner = self.dtype
@@ -74,39 +90,69 @@ class Form:
         return cast
 
 
-def _tall(op: Operator) -> dict[str, Tensor]:
-    """The factor that ``Form.single`` is about, by name."""
-    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-        return {"left": op.left} if op.shape[0] > op.left.shape[2] else {}
-    return {"weight": op.weight} if isinstance(op, Dense) and op.shape[0] > op.shape[1] else {}
+def _linear(weight: Tensor) -> Kernel:
+    return lambda x, bias: F.linear(x, weight, bias)
 
 
-def _rows(op: Operator) -> Kernel:
+def _cut(weight: Tensor) -> Kernel:
+    """As ``_linear``, cut; where the rows cannot be divided, the same."""
+    out, in_ = weight.shape
+    pieces = _pieces(weight)
+    if pieces == 1:
+        return _linear(weight)
+    blocks = weight.view(pieces, out // pieces, in_).mT
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.bmm(x.reshape(1, -1, in_).expand(pieces, -1, -1), blocks)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], out)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    return product
+
+
+def _pieces(weight: Tensor) -> int:
+    if not weight.is_contiguous():
+        return 1
+    return next((n for n in range(PIECES, 1, -1) if len(weight) % n == 0), 1)
+
+
+def _matrices(op: Operator) -> list[Tensor]:
+    """What ``_rows`` multiplies by as matrices."""
     if isinstance(op, Dense):
-        weight = op.weight
-        return lambda x, bias: F.linear(x, weight, bias)
+        return [op.weight]
     if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-        left, right = op.left[0], op.right[0]
-        return lambda x, bias: F.linear(F.linear(x, right), left, bias)
-    if isinstance(op, Product) and len(op.parts) == 2:
-        return _pair(*op.parts) or _applied(op)
-    return _applied(op)
+        return [op.left[0], op.right[0]]
+    if isinstance(op, Product) and _pair(op, _linear) is not None:
+        return [part.weight for part in op.parts if isinstance(part, Dense)]
+    return []
 
 
-def _pair(left: Operator, right: Operator) -> Kernel | None:
+def _rows(op: Operator, linear: Callable[[Tensor], Kernel]) -> Kernel:
+    if isinstance(op, Dense):
+        return linear(op.weight)
+    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
+        left, right = linear(op.left[0]), linear(op.right[0])
+        return lambda x, bias: left(right(x, None), bias)
+    return (_pair(op, linear) if isinstance(op, Product) else None) or _applied(op)
+
+
+def _pair(op: Product, linear: Callable[[Tensor], Kernel]) -> Kernel | None:
     """Some rows or some columns of a dense matrix: what is left when coordinates were chosen."""
+    if len(op.parts) != 2:
+        return None
+    left, right = op.parts
     if isinstance(left, Selection) and isinstance(right, Dense) and left.scatter:
-        weight, index, size = right.weight, left.index.long(), left.size
+        rows, index, size = linear(right.weight), left.index.long(), left.size
 
         def scattered(x: Tensor, bias: Tensor | None) -> Tensor:
-            some = F.linear(x, weight)
+            some = rows(x, None)
             y = some.new_zeros(*x.shape[:-1], size).index_copy_(-1, index, some)
             return y if bias is None else y + bias
 
         return scattered
     if isinstance(left, Dense) and isinstance(right, Selection) and not right.scatter:
-        weight, index = left.weight, right.index
-        return lambda x, bias: F.linear(x.index_select(-1, index), weight, bias)
+        columns, index = linear(left.weight), right.index
+        return lambda x, bias: columns(x.index_select(-1, index), bias)
     return None
 
 
@@ -130,19 +176,24 @@ def _columns(op: Operator) -> Kernel:
 
 
 def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
-    """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major. For a single row, of which
-    both are the same, ``Form.single`` where there is a tall factor (and the plain dense product, to compare with).
+    """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major (for a single row both are
+    the same), and cut where there are few rows.
+
+    Args:
+        op: any operator.
+        dtype: of what comes in.
+        batch: rows of x; 0 for many.
     """
-    dtypes = [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
     runs = op.to("meta").runtime()
+    plain = [True] if isinstance(runs, Dense) else [False, True]
+    few = 1 <= batch <= FEW_ROWS
     out = []
-    for kind in dtypes:
-        if not isinstance(runs, Dense):
-            out += [Form(False, False, kind, batch == 1 and bool(_tall(runs)))]
-            out += [Form(False, True, kind)] if batch != 1 else []
-        out += [Form(True, False, kind)]
-        out += [Form(True, True, kind)] if batch != 1 else []
-        out += [Form(True, False, kind, True)] if batch == 1 and op.shape[0] > op.shape[1] else []
+    for kind in [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]:
+        for dense in plain:
+            out += [Form(dense, False, kind)]
+            out += [Form(dense, True, kind)] if batch != 1 else []
+            matrices = [torch.empty(op.shape, device="meta")] if dense else _matrices(runs)
+            out += [Form(dense, False, kind, True)] if few and any(_pieces(m) > 1 for m in matrices) else []
     return out
 
 
@@ -172,15 +223,17 @@ def choose(
         model = stored()
     if model is None:
         return Form(_dense_by_operations(op), False, dtype), math.nan
+    order = ranked(op, batch, dtype, model)
+    plain = next(seconds for seconds, form in order if form == Form(True, False, dtype))
+    seconds, form = order[0]
+    return (form, seconds) if seconds <= LEAST_GAIN * plain else (Form(True, False, dtype), plain)
+
+
+def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel) -> list[tuple[float, Form]]:
+    """Every form with its predicted seconds, the fastest first."""
     light = op.to("meta")
-    ranked = [
-        (predicted(light, form, batch, dtype, model), i, form) for i, form in enumerate(candidates(light, dtype, batch))
-    ]
-    seconds, _, form = min(ranked)
-    plain = next(row for row in ranked if row[2] == Form(True, False, dtype))
-    if seconds > LEAST_GAIN * plain[0]:
-        seconds, _, form = plain
-    return form, seconds
+    order = [(predicted(light, form, batch, dtype, model), form) for form in candidates(light, dtype, batch)]
+    return sorted(order, key=lambda row: row[0])
 
 
 def _dense_by_operations(op: Operator) -> bool:
@@ -213,7 +266,7 @@ class Prepared:
         self.op = op
         self._dtype = dtype or op.dtype
         self._kernels: dict[int, Kernel] = {}
-        self._running: dict[tuple[bool, torch.dtype, bool], Operator] = {}
+        self._running: dict[tuple[bool, torch.dtype], Operator] = {}
 
     def form(self, batch: int) -> Form:
         """How `batch` rows run, as predicted for the next power of two."""
@@ -225,9 +278,9 @@ class Prepared:
         return self._operator(form).apply_columns(x)
 
     def settled(self, x: Tensor) -> Form:
-        """How x (..., in) runs: as predicted, or plainly dense where that turns out faster on x. Predictions err; so with a
-        calibration, a form that is not predicted to be far ahead of a product that takes its time runs against that once,
-        in the process's first product of such an operator and batch.
+        """How x (..., in) runs. Predictions err; so with a calibration, unless one form is predicted far ahead of a dense
+        product that takes its time, the few that are predicted best and the plain dense product run against each other
+        once, in the process's first product of such an operator and batch.
         """
         batch = _rows_of(x)
         model = stored() if x.device.type == "cpu" else None
@@ -236,26 +289,29 @@ class Prepared:
         shapes = tuple((name, factor.shape, factor.dtype) for name, factor in self.op.factors().items())
         key = (self.op.kind, self.op.shape, shapes, self._dtype, _power(batch), torch.get_num_threads())
         if key not in _SETTLED:  # looked up first: layers alike need no prediction either
-            _SETTLED[key] = self._measured(x, self.form(batch), model)
+            _SETTLED[key] = self._fastest(x, model)
         return _SETTLED[key]
 
-    def _measured(self, x: Tensor, form: Form, model: CostModel) -> Form:
+    def _fastest(self, x: Tensor, model: CostModel) -> Form:
+        order = ranked(self.op, 1 << _power(_rows_of(x)), self._dtype, model)
         plain = Form(True, False, self._dtype)
-        if form == plain:
-            return form
-        light, batch = self.op.to("meta"), _rows_of(x)
-        said = [predicted(light, each, batch, self._dtype, model) for each in (form, plain)]
-        if said[0] < FAR_AHEAD * said[1] and said[1] >= LITTLE:
-            return form
+        least = order[0][0]
+        dense = next(seconds for seconds, form in order if form == plain)
+        if least < FAR_AHEAD * dense and dense >= LITTLE:
+            return order[0][1]
+        rivals = [form for seconds, form in order[:RIVALS] if seconds <= CLOSE * least]
+        if rivals == [plain]:
+            return plain
+        some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
+        apart = Prepared(self.op, self._dtype)  # so that what is only measured is not kept
+        forms = list(dict.fromkeys([*rivals, plain]))
         with torch.no_grad():
-            runs = (self._operator(form), plain.operator(self.op))
-            kernels = [each.kernel(op, self._dtype) for each, op in zip((form, plain), runs, strict=True)]
-            some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
-            took = [best_seconds(partial(kernel, some, None)) for kernel in kernels]
-        return form if took[0] < took[1] else plain
+            calls = [partial(form.kernel(apart._operator(form), self._dtype), some, None) for form in forms]
+            took = in_turn(calls, cold=len(some) <= COLD_ROWS and self.op.nbytes >= COLD_BYTES)
+        return forms[min(range(len(forms)), key=took.__getitem__)]
 
     def _operator(self, form: Form) -> Operator:
-        place = (form.dense, form.dtype, form.single)
+        place = (form.dense, form.dtype)
         if place not in self._running:
             with torch.no_grad(), torch.autocast(self.op.device.type, enabled=False):
                 self._running[place] = form.operator(self.op)

@@ -135,9 +135,11 @@ def _product(name: str, tensors: list[Tensor]) -> MatrixProduct:
 def _order(matrix: Tensor) -> str:
     rows, columns = matrix.shape[-2:]
     down, along = matrix.stride()[-2:]
-    if along == 1 or columns == 1:
+    if along == 1:
         return "rows"
-    return "columns" if down == 1 or rows == 1 else "neither"
+    if down == 1 or rows == 1:
+        return "columns"  # also of one column, where batched products tell by it which kernel to take
+    return "rows" if columns == 1 else "neither"
 
 
 def _pass(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Pass:

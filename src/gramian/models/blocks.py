@@ -181,7 +181,7 @@ def resident(
         for parent in parents - set(names):
             layer = model.get_submodule(parent)
             if isinstance(layer, Structured):
-                layer._prepared = None  # holds on to the factors
+                layer._kept.clear()  # holds on to the factors
         _trim()
 
 

@@ -3,6 +3,7 @@
 from gramian.nn.feature_major import FeatureMajor
 from gramian.nn.grow_and_prune import GrowAndPrune
 from gramian.nn.initialise import identity_, linear_layers, spectral_, structured, unit_variance_
+from gramian.nn.prepared_linear import PreparedLinear, prepare, unprepare
 from gramian.nn.reparametrised import Reparametrisation, ReparametrisedLinear
 from gramian.nn.straight_through import StraightThroughDictionary
 from gramian.nn.structured_embedding import StructuredEmbedding, as_embedding
@@ -20,6 +21,7 @@ from gramian.nn.training import (
 __all__ = [
     "FeatureMajor",
     "GrowAndPrune",
+    "PreparedLinear",
     "Reparametrisation",
     "ReparametrisedLinear",
     "SelfGuided",
@@ -32,6 +34,7 @@ __all__ = [
     "identity_",
     "linear_layers",
     "parameter_groups",
+    "prepare",
     "rate_multipliers",
     "spectral_",
     "structured",
@@ -39,4 +42,5 @@ __all__ = [
     "to_structured",
     "unguide",
     "unit_variance_",
+    "unprepare",
 ]

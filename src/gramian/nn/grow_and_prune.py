@@ -218,4 +218,4 @@ def _restructure(layer: StructuredLinear, op: BlockSparse) -> None:
     layer._config = op.config()
     layer._template = from_config(layer._config)
     layer._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
-    layer._prepared = None
+    layer._kept.clear()

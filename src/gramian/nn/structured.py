@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,34 @@ class Factor(nn.Module):
     def forward(self) -> Tensor:
         """The factor itself."""
         return self.weight
+
+
+class Kept(Generic[Made]):
+    """Something made from tensors, kept until one of them changes. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self._held: tuple[list[Any], list[Tensor], Made] | None = None
+
+    def get(self, tensors: Sequence[Tensor], make: Callable[[], Made]) -> Made | None:
+        """``make()``, or what it gave before; None where a change could not be seen (tensors made under
+        ``torch.inference_mode``, or standing in for a function transform).
+        """
+        try:
+            key = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
+        except RuntimeError:
+            return None
+        if self._held is None or self._held[0] != key:
+            with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+                # Holds on to what it was made from, so that those addresses are not used again.
+                self._held = (key, [tensor.detach() for tensor in tensors], make())
+        return self._held[2]
+
+    def clear(self) -> None:
+        """Make it anew when next asked."""
+        self._held = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Kept, ())
 
 
 class Structured(nn.Module):
@@ -66,7 +94,7 @@ class Structured(nn.Module):
         self._config = op.config()
         self._template = from_config(self._config)  # on the meta device: structure without numbers
         self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
-        self._prepared: tuple[list[Any], list[Tensor], Any] | None = None
+        self._kept: Kept[Any] = Kept()
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs; JSON-able."""
@@ -90,33 +118,19 @@ class Structured(nn.Module):
         return weight.view(self._shapes[name])
 
     def _cached(self, make: Callable[[], Made]) -> Made | None:
-        """``make()``, kept until a factor changes; None where a change could not be seen (factors made under
-        ``torch.inference_mode``, or standing in for a function transform).
-        """
-        factors: list[Any] = [self._holder(name).weight for name in self._shapes]
-        try:
-            key = [(factor.data_ptr(), factor._version, factor.dtype) for factor in factors]
-        except RuntimeError:
-            return None
-        if self._prepared is None or self._prepared[0] != key:
-            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-                # The cache keeps hold of the factors it was made from, so that their addresses are not used again.
-                self._prepared = (key, [factor.detach() for factor in factors], make())
-        made: Made = self._prepared[2]
+        """``make()``, kept until a factor changes; None where a change could not be seen."""
+        made: Made | None = self._kept.get([self._holder(name).weight for name in self._shapes], make)  # type: ignore[misc]
         return made
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; what was prepared is made again."""
-        self._prepared = None
+        self._kept.clear()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._prepared = None
+        self._kept.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
 
 
 def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:

@@ -85,12 +85,12 @@ class StructuredLinear(Structured):
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
         if not self._plain():
-            self._prepared = None
+            self._kept.clear()
             y = self._through_children(self._template, "", x)
         elif torch.compiler.is_compiling():
             y = self.op.apply(x)
         elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            self._prepared = None
+            self._kept.clear()
             y = self.op.apply(x)
         else:
             return self.prepared()(x, self.bias)
