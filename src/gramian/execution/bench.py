@@ -231,6 +231,7 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
     }
     took = interleaved(calls)
     label = f"{'dense' if form.dense else 'structured'}, {'feature' if form.columns else 'row'}-major"
+    label += ", cut" if form.cut else ""
     if form.dtype != op.dtype:
         label += f", {str(form.dtype).removeprefix('torch.')}"
     return Row(

@@ -7,7 +7,7 @@ it is only the mean of a Gaussian process over the shapes, which learns from pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -133,6 +133,8 @@ class CostModel:
         passes: (bytes, seconds) of passes over memory by kind: smooth, scattered, index, fourier, view.
         strided: how many times slower a product with a strided operand is.
         learned: by dtype the roofline's three numbers and the Gaussian process's eight; found when first needed.
+        settled: what was measured since then instead of predicted, for this process alone: the forms that ``Prepared`` found
+            fastest, by kind and shapes of operator, dtype, batch and threads.
     """
 
     machine: dict[str, Any]
@@ -140,6 +142,7 @@ class CostModel:
     passes: dict[str, list[tuple[float, float]]]
     strided: float = 1.0
     learned: dict[str, list[float]] = field(default_factory=dict)
+    settled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def _learned(self) -> dict[str, tuple[Roofline, Residuals]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +31,7 @@ LITTLE = 1e-3
 """Seconds of a dense product that is always measured."""
 
 RIVALS = 4
-"""So many of the forms that are predicted best are measured,"""
+"""At most so many of the forms that are predicted best are measured: of few rows in any case, of more"""
 
 CLOSE = 1.6
 """where they are predicted to take at most this many times as long as the best."""
@@ -191,8 +191,8 @@ def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
     for kind in [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]:
         for dense in plain:
             out += [Form(dense, False, kind)]
-            out += [Form(dense, True, kind)] if batch != 1 else []
             matrices = [torch.empty(op.shape, device="meta")] if dense else _matrices(runs)
+            out += [Form(dense, True, kind)] if batch != 1 else []
             out += [Form(dense, False, kind, True)] if few and any(_pieces(m) > 1 for m in matrices) else []
     return out
 
@@ -250,10 +250,6 @@ def _power(batch: int) -> int:
     return max(batch - 1, 0).bit_length()
 
 
-_SETTLED: dict[tuple[Hashable, ...], Form] = {}
-"""What ``Prepared`` found by measuring, by kind and shapes of operator, dtype, batch and threads."""
-
-
 class Prepared:
     """An operator that runs in the form that is fastest for the batch at hand; forms are made when first needed.
 
@@ -278,9 +274,9 @@ class Prepared:
         return self._operator(form).apply_columns(x)
 
     def settled(self, x: Tensor) -> Form:
-        """How x (..., in) runs. Predictions err; so with a calibration, unless one form is predicted far ahead of a dense
-        product that takes its time, the few that are predicted best and the plain dense product run against each other
-        once, in the process's first product of such an operator and batch.
+        """How x (..., in) runs. Predictions err; so with a calibration, the forms that are predicted best run against each
+        other and the plain dense product once, in the process's first product of such an operator and batch. A form that
+        is predicted far ahead of a dense product that takes its time does not run against that.
         """
         batch = _rows_of(x)
         model = stored() if x.device.type == "cpu" else None
@@ -288,26 +284,27 @@ class Prepared:
             return self.form(batch)
         shapes = tuple((name, factor.shape, factor.dtype) for name, factor in self.op.factors().items())
         key = (self.op.kind, self.op.shape, shapes, self._dtype, _power(batch), torch.get_num_threads())
-        if key not in _SETTLED:  # looked up first: layers alike need no prediction either
-            _SETTLED[key] = self._fastest(x, model)
-        return _SETTLED[key]
+        if key not in model.settled:  # looked up first: layers alike need no prediction either
+            model.settled[key] = self._fastest(x, model)
+        form: Form = model.settled[key]
+        return form
 
     def _fastest(self, x: Tensor, model: CostModel) -> Form:
         order = ranked(self.op, 1 << _power(_rows_of(x)), self._dtype, model)
         plain = Form(True, False, self._dtype)
-        least = order[0][0]
         dense = next(seconds for seconds, form in order if form == plain)
-        if least < FAR_AHEAD * dense and dense >= LITTLE:
+        few, ahead = _rows_of(x) <= COLD_ROWS, order[0][0] < FAR_AHEAD * dense and dense >= LITTLE
+        if ahead and not few:
             return order[0][1]
-        rivals = [form for seconds, form in order[:RIVALS] if seconds <= CLOSE * least]
-        if rivals == [plain]:
-            return plain
+        close = [form for seconds, form in order if few or seconds <= CLOSE * order[0][0]]
+        forms = [form for form in close if not form.dense] if ahead else list(dict.fromkeys([*close[:RIVALS], plain]))
+        if len(forms) == 1:
+            return forms[0]
         some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
         apart = Prepared(self.op, self._dtype)  # so that what is only measured is not kept
-        forms = list(dict.fromkeys([*rivals, plain]))
         with torch.no_grad():
             calls = [partial(form.kernel(apart._operator(form), self._dtype), some, None) for form in forms]
-            took = in_turn(calls, cold=len(some) <= COLD_ROWS and self.op.nbytes >= COLD_BYTES)
+            took = in_turn(calls, cold=few and self.op.nbytes >= COLD_BYTES)
         return forms[min(range(len(forms)), key=took.__getitem__)]
 
     def _operator(self, form: Form) -> Operator:
