@@ -200,7 +200,7 @@ def _model() -> float:
     speeds.append(reference())
     r = random.Random(4711)
     products = [random_product(r, torch.float32) for _ in range(30)]
-    measured = in_rounds([partial(time_product, product) for product in products])
+    measured = in_rounds([partial(time_product, product) for product in products], rounds=15)
     plain = [abs(cost.seconds([p]) / took - 1) for p, took in zip(products, measured, strict=True)]
     bound = cost.roofline(torch.float32)
     roofline = [abs(bound.seconds(p) / took - 1) for p, took in zip(products, measured, strict=True)]
@@ -218,7 +218,7 @@ def _model() -> float:
                         if form.dense:
                             continue
                         kernel = form.kernel(form.operator(op), torch.float32)
-                        label = f"{name} n={n} B={batch} {'columns' if form.columns else 'rows'}"
+                        label = f"{name} n={n} B={batch} {'cut' if form.cut else 'columns' if form.columns else 'rows'}"
                         cases.append((label, predicted(op, form, batch, torch.float32, cost)))
                         calls.append(partial(best_seconds, partial(kernel, x, None)))
         layers = [(label, said, took) for (label, said), took in zip(cases, in_rounds(calls), strict=True)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -32,6 +34,7 @@ from gramian.execution import (
     work,
 )
 from gramian.execution.cost_model import features
+from gramian.execution.trees import Trees
 from gramian.nn import FeatureMajor, StructuredLinear, as_linear
 from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Skeleton, monarch
 
@@ -103,7 +106,7 @@ def test_a_calibration_survives_json(tmp_path: Path) -> None:
     again = CostModel.from_json(json.loads(path.read_text()))
     product = MatrixProduct(1, 100, 200, 300, False, True, False, FLOAT)
     assert again.seconds([product]) == pytest.approx(model.seconds([product]), rel=1e-9)
-    assert again.learned == model.learned
+    assert again.rooflines == model.rooflines
     with pytest.raises(GramianError, match="version"):
         CostModel.from_json({"version": 0})
 
@@ -276,7 +279,7 @@ def test_calibration_measures_quickly_and_predicts(monkeypatch: pytest.MonkeyPat
     small = MatrixProduct(1, 8, 8, 8, False, False, False, FLOAT)
     large = MatrixProduct(1, 256, 256, 256, False, False, False, FLOAT)
     assert 0 < model.seconds([small]) < model.seconds([large])
-    assert len(features(small)) == 9
+    assert len(features(small)) == len(features(large)) and all(map(math.isfinite, features(small)))
 
 
 def test_layers_run_with_a_stored_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,3 +377,33 @@ def test_work_is_the_same_in_inference_mode() -> None:
     expected = [work(op, 7), work(low, 7), work(Dense(torch.ones(8, 6)), 3)]
     with torch.inference_mode():
         assert [work(op, 7), work(low, 7), work(Dense(torch.ones(8, 6)), 3)] == expected
+
+
+def test_trees_learn_a_function_with_steps() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.random((600, 3))
+    y = np.where(x[:, 1] > 0.5, 1.0, 0.0) + 0.2 * x[:, 0]
+    trees = Trees.learn(x, y)
+    fresh = generator.random((200, 3))
+    wanted = np.where(fresh[:, 1] > 0.5, 1.0, 0.0) + 0.2 * fresh[:, 0]
+    assert np.abs(trees(fresh) - wanted).mean() < 0.05
+    assert y.min() <= trees(fresh).min() <= trees(fresh).max() <= y.max(), "means of what was seen"
+    np.testing.assert_array_equal(trees(fresh), Trees.learn(x, y)(fresh))
+
+
+@pytest.mark.parametrize("leaf", [1, 3])
+def test_a_leaf_holds_enough_samples(leaf: int) -> None:
+    x = np.random.default_rng(1).random((50, 2))
+    y = x.sum(1)
+    trees = Trees.learn(x, y, trees=4, leaf=leaf)
+    leaves = trees.feature < 0
+    assert leaves.sum() <= 4 * 50 // leaf
+    if leaf == 1:
+        np.testing.assert_allclose(trees(x), y)
+    else:
+        assert np.abs(trees(x) - y).max() > 0
+
+
+def test_constant_features_cannot_divide() -> None:
+    x, y = np.ones((10, 2)), np.arange(10.0)
+    np.testing.assert_allclose(Trees.learn(x, y)(x), 4.5)

@@ -1,7 +1,7 @@
-"""Predicted run time: matrix products by a Gaussian process over their shapes, memory traffic by measured rates.
+"""Predicted run time: matrix products by regression trees over their shapes, memory traffic by measured rates.
 
 A roofline alone is off by a third on small products: kernels have ragged edges, start-up costs and preferred layouts. Here
-it is only the mean of a Gaussian process over the shapes, which learns from products measured on the user's own machine.
+it is only what trees correct, which learn from products measured on the user's own machine.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramian.errors import GramianError
+from gramian.execution.trees import Trees
 from gramian.execution.work import MatrixProduct, Pass, Step
-from gramian.linalg import eigh
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,68 +60,18 @@ class Roofline:
 
 
 def features(product: MatrixProduct) -> list[float]:
-    """Coordinates in which close shapes run at similar efficiency: logarithms of the sizes, how ragged the last tile of
-    sixteen is, and the layouts.
+    """What the efficiency of a product depends on: sizes, what a vector register leaves over of each, layouts, work and
+    what it touches. Trees divide by one number at a time, so products and ratios of sizes are given too.
     """
-    sizes = (product.count, product.m, product.n, product.k)
-    ragged = [math.log2(-(-v // 16) * 16 / v) for v in sizes[1:]]
-    return [*(math.log2(v) for v in sizes), *ragged, float(product.left_transposed), float(product.right_transposed)]
+    count, m, n, k = product.count, product.m, product.n, product.k
+    amounts = (count, m, n, k, min(m, n), max(m, n), product.flops, product.nbytes, product.flops / product.nbytes,
+               count * m * k, count * k * n, count * m * n)  # fmt: skip
+    ragged = (m % 8, n % 8, k % 8)
+    return [*map(math.log2, amounts), *ragged, float(product.left_transposed), float(product.right_transposed)]
 
 
-LEARNED_FROM = 350
-"""Measurements that the length scales are learned from, which takes their cube; the prediction rests on all."""
-GROUPS = (0, 1, 2, 3, 4, 4, 4, 5, 5)
-"""Which length scale each feature has."""
-
-
-class Residuals:
-    """A Gaussian process (Matern 3/2) for ``log(measured / roofline)``.
-
-    Args:
-        x: (n, f) features.
-        y: (n,) residuals, of shapes in no order.
-        theta: logarithms of the six length scales, the signal's and the noise's deviation; learned when None, by
-            marginal likelihood.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, theta: Tensor | None = None) -> None:
-        self.x, self.y = x, y
-        self.theta = self._learn() if theta is None else theta
-        noise = float(self.theta[-1].exp()) ** 2
-        values, vectors = eigh(self._kernel(self.x, self.x, self.theta))
-        self.weights = vectors @ ((vectors.mT @ y) / (values.clamp_min(0) + noise))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Mean residual (m,) at x (m, f)."""
-        return self._kernel(x, self.x, self.theta) @ self.weights
-
-    def _kernel(self, a: Tensor, b: Tensor, theta: Tensor) -> Tensor:
-        scales = theta[: max(GROUPS) + 1].exp()[list(GROUPS)]
-        distance = ((a[:, None] - b[None]) / scales).square().sum(-1).clamp_min(1e-12).sqrt() * math.sqrt(3)
-        covariance: Tensor = torch.exp(2 * theta[-2] - distance) * (1 + distance)
-        return covariance
-
-    def _learn(self) -> Tensor:
-        theta = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -2.5], dtype=torch.float64).requires_grad_()
-        optimiser = torch.optim.LBFGS([theta], max_iter=60, line_search_fn="strong_wolfe")
-        x, y = self.x[:LEARNED_FROM], self.y[:LEARNED_FROM]
-        eye = torch.eye(len(x), dtype=torch.float64)
-
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            bounded = theta.clamp(-4.0, 4.0)
-            covariance = self._kernel(x, x, bounded) + (bounded[-1].exp().square() + 1e-8) * eye
-            factor = torch.linalg.cholesky(covariance)
-            white = torch.linalg.solve_triangular(factor, y[:, None], upper=False)
-            value: Tensor = (
-                0.5 * white.square().sum() + factor.diagonal().log().sum() + 0.01 * (theta - 1).square().sum()
-            )
-            value.backward()  # type: ignore[no-untyped-call]
-            return value
-
-        with torch.enable_grad():
-            optimiser.step(loss)  # type: ignore[no-untyped-call]
-        return theta.detach().clamp(-4.0, 4.0)
+def _table(products: Iterable[MatrixProduct]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([features(product) for product in products])
 
 
 @dataclass
@@ -132,7 +83,7 @@ class CostModel:
         products: measured matrix products and their seconds, by dtype name.
         passes: (bytes, seconds) of passes over memory by kind: smooth, scattered, index, fourier, view.
         strided: how many times slower a product with a strided operand is.
-        learned: by dtype the roofline's three numbers and the Gaussian process's eight; found when first needed.
+        rooflines: by dtype the roofline's three numbers; found when first needed.
         settled: what was measured since then instead of predicted, for this process alone: the forms that ``Prepared`` found
             fastest, by kind and shapes of operator, dtype, batch and threads.
     """
@@ -141,23 +92,20 @@ class CostModel:
     products: dict[str, list[tuple[MatrixProduct, float]]]
     passes: dict[str, list[tuple[float, float]]]
     strided: float = 1.0
-    learned: dict[str, list[float]] = field(default_factory=dict)
+    rooflines: dict[str, list[float]] = field(default_factory=dict)
     settled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def _learned(self) -> dict[str, tuple[Roofline, Residuals]]:
+    def _learned(self) -> dict[str, tuple[Roofline, Trees]]:
         out = {}
         for dtype, rows in self.products.items():
             seconds = torch.tensor([s for _, s in rows], dtype=torch.float64)
             shapes = [p for p, _ in rows]
-            known = self.learned.get(dtype)
-            roofline = Roofline.learn(shapes, seconds) if known is None else Roofline(*known[:3])
-            x = torch.tensor([features(p) for p in shapes], dtype=torch.float64)
-            y = (seconds / torch.tensor([roofline.seconds(p) for p in shapes], dtype=torch.float64)).log()
-            theta = None if known is None else torch.tensor(known[3:], dtype=torch.float64)
-            residuals = Residuals(x, y, theta)
-            self.learned[dtype] = [roofline.start, roofline.rate, roofline.bandwidth, *residuals.theta.tolist()]
-            out[dtype] = (roofline, residuals)
+            known = self.rooflines.get(dtype)
+            roofline = Roofline.learn(shapes, seconds) if known is None else Roofline(*known)
+            self.rooflines[dtype] = [roofline.start, roofline.rate, roofline.bandwidth]
+            bound = np.array([roofline.seconds(p) for p in shapes])
+            out[dtype] = (roofline, Trees.learn(_table(shapes), np.log(seconds.numpy() / bound)))
         return out
 
     def learn(self) -> None:
@@ -177,8 +125,8 @@ class CostModel:
             if isinstance(step, MatrixProduct):
                 by_dtype.setdefault(str(step.dtype).removeprefix("torch."), []).append(step)
         for dtype, products in by_dtype.items():
-            roofline, residuals = self._learned[dtype if dtype in self._learned else "float32"]
-            factors = residuals(torch.tensor([features(p) for p in products], dtype=torch.float64)).exp().tolist()
+            roofline, trees = self._learned[dtype if dtype in self._learned else "float32"]
+            factors = np.exp(trees(_table(products))).tolist()
             for product, factor in zip(products, factors, strict=True):
                 total += roofline.seconds(product) * factor * (self.strided if product.strided else 1.0)
         return total
@@ -208,7 +156,7 @@ class CostModel:
             "products": rows,
             "passes": self.passes,
             "strided": self.strided,
-            "learned": self.learned if self._learned else {},
+            "rooflines": self.rooflines if self._learned else {},
         }
 
     @classmethod
@@ -231,7 +179,7 @@ class CostModel:
             for dtype, rows in data["products"].items()
         }  # fmt: skip
         passes = {kind: [(float(b), float(s)) for b, s in rows] for kind, rows in data["passes"].items()}
-        return cls(dict(data["machine"]), products, passes, float(data["strided"]), dict(data["learned"]))
+        return cls(dict(data["machine"]), products, passes, float(data["strided"]), dict(data["rooflines"]))
 
 
 def kind_of(step: Pass) -> str:

@@ -62,14 +62,16 @@ def _solve_factor(op: Operator, name: str, w: Tensor, g: Tensor | None, h: Tenso
     with torch.enable_grad():
         dense = op.replace(**{name: factor}).dense()
 
-    def pull(direction: Tensor) -> Tensor:
-        """The adjoint of factor -> dense matrix, at ``H direction G``."""
-        weighted = weigh(weigh(direction, h, side="out"), g, side="in")
+    def weighed(direction: Tensor) -> Tensor:
+        return weigh(weigh(direction, h, side="out"), g, side="in")
+
+    def pull(weighted: Tensor) -> Tensor:
+        """The adjoint of factor -> dense matrix."""
         return torch.autograd.grad(dense, factor, weighted, retain_graph=True)[0]
 
     # A sum holds other terms too: the dense matrix is affine in one factor, and this is its constant part.
     constant = op.replace(**{name: torch.zeros_like(factor)}).dense()
-    residual = w - dense.detach()
+    residual = weighed(w - dense.detach())  # H (W - A) G: the only form in which it is needed
     gradient = pull(residual)
     direction, norm = gradient, gradient.square().sum()
     scale = float(norm)
@@ -78,12 +80,13 @@ def _solve_factor(op: Operator, name: str, w: Tensor, g: Tensor | None, h: Tenso
         if float(norm) <= 1e-24 * max(scale, 1e-300):
             break
         image = op.replace(**{name: direction}).dense() - constant
-        curvature = weighted_error(image, g, h)
+        weighted = weighed(image)
+        curvature = (image * weighted).sum()
         if not float(curvature) > 0:
             break
         step = norm / curvature
         value = value + step * direction
-        residual = residual - step * image
+        residual = residual - step * weighted
         gradient = pull(residual)
         fresh = gradient.square().sum()
         direction = gradient + (fresh / norm) * direction

@@ -62,7 +62,8 @@ def fit(
     """Best approximation found of `weight` by the structure `kind` in the two-sided Gram norm.
 
     The structure's own closed form or start comes first; where that is not the optimum, block-coordinate least squares
-    polishes it (``polish``), never above the start. The start without Grams competes too.
+    polishes it (``polish``), never above the start. The start without Grams competes too. A structure whose own fit does
+    that (``Operator.own_sweeps``) is left to it.
 
     Args:
         weight: (out, in).
@@ -88,11 +89,13 @@ def fit(
             f"weight: {weight.dtype}; expected real numbers, e.g. weight.real and weight.imag one by one"
         )
     cls = structure(kind)
+    if cls.own_sweeps:
+        size = {**size, "sweeps": cls.own_sweeps * sweeps}
     op = cls.fit(weight, gram_in=gram_in, gram_out=gram_out, **size)
     error = _error(weight, op, gram_in, gram_out)
     closed = kind in CLOSED_FORM or (kind == "block_low_rank" and tuple(size.get("blocks", (1, 1))) == (1, 1))
     weighted = gram_in is not None or gram_out is not None
-    if weighted and not closed and sweeps:
+    if weighted and sweeps and not closed and not cls.own_sweeps:
         plain = cls.fit(weight, **size)
         plain_error = _error(weight, plain, gram_in, gram_out)
         if plain_error < error:

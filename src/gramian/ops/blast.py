@@ -46,6 +46,7 @@ class Blast(Operator):
 
     kind: ClassVar[str] = "blast"
     fittable: ClassVar[bool] = True
+    own_sweeps: ClassVar[int] = 10
     left: Tensor
     scales: Tensor
     right: Tensor

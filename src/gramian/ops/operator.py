@@ -35,6 +35,9 @@ class Operator:
     """Names of factors that are plain matrices acting on activations, so that a layer can hold each as an nn.Linear."""
     fittable: ClassVar[bool] = False
     """Whether a dense matrix can be projected on this structure (``fit``, ``init`` and ``sizes`` exist)."""
+    own_sweeps: ClassVar[int] = 0
+    """Where ``fit`` itself alternates over all factors under both Grams: for each sweep asked of ``gramian.fit``, so many of
+    its own (argument ``sweeps``), and no other polishing."""
 
     # What a structure defines ------------------------------------------------------------------------------------
 
