@@ -279,7 +279,8 @@ def test_calibration_measures_quickly_and_predicts(monkeypatch: pytest.MonkeyPat
     small = MatrixProduct(1, 8, 8, 8, False, False, False, FLOAT)
     large = MatrixProduct(1, 256, 256, 256, False, False, False, FLOAT)
     assert 0 < model.seconds([small]) < model.seconds([large])
-    assert len(features(small)) == len(features(large)) and all(map(math.isfinite, features(small)))
+    assert len(features(small)) == len(features(large))
+    assert all(map(math.isfinite, features(small)))
 
 
 def test_layers_run_with_a_stored_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
