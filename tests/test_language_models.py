@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,6 +102,9 @@ def test_agreement_against_a_loop(trained: Any) -> None:
         assert found[f"perplexity_{when}"] == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-4)
     assert found["divergence"] == pytest.approx(sum(apart) / len(apart), rel=1e-3)
     assert found["same_token"] == pytest.approx(sum(same) / len(same), abs=0.01)
+    rises = np.array(losses[1]) - np.array(losses[0])
+    wanted = found["perplexity_after"] * rises.std() / len(rises) ** 0.5
+    assert found["rise_error"] == pytest.approx(wanted, rel=1e-3)
     same_model = language_agreement(model, model, work(tokenizer, held_out))
     assert same_model["divergence"] == pytest.approx(0, abs=1e-6)
     assert same_model["same_token"] == 1

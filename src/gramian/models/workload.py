@@ -409,7 +409,8 @@ def language_agreement(
     Returns:
         tokens: predictions that counted; divergence: mean Kullback-Leibler divergence from the original in nats a token;
         same_token: share of tokens whose likeliest prediction stays; perplexity_before and perplexity_after: of the next
-        token, NaN for a model whose predictions see the tokens after them (a masked language model).
+        token, NaN for a model whose predictions see the tokens after them (a masked language model); rise_error: standard
+        error of perplexity_after minus perplexity_before, each token's loss taken as independent of the others'.
     """
     logits = workload.logits
     assert logits is not None
@@ -418,7 +419,7 @@ def language_agreement(
     after.eval()
     try:
         causal = _is_causal(before, workload) if causal is None else causal
-        tokens, sums = 0, torch.zeros(4, dtype=torch.float64)
+        tokens, sums = 0, torch.zeros(5, dtype=torch.float64)
         for batch in workload.batches:
             mask = workload.mask(batch)
             ids = batch["input_ids"]
@@ -427,7 +428,9 @@ def language_agreement(
                 real, targets = real[:, 1:] & real[:, :-1], ids[:, 1:]
                 pair = [logits(model, batch)[:, :-1][real].float().log_softmax(-1) for model in (before, after)]
                 wanted = targets[real][:, None]
-                sums[:2] -= torch.stack([log.gather(1, wanted).double().sum() for log in pair]).cpu()
+                losses = [-log.gather(1, wanted).double() for log in pair]
+                sums[:2] += torch.stack([loss.sum() for loss in losses]).cpu()
+                sums[4] += float((losses[1] - losses[0]).square().sum())
             else:
                 pair = [logits(model, batch)[real].float().log_softmax(-1) for model in (before, after)]
             sums[2] += float((pair[0].exp() * (pair[0] - pair[1])).sum(dtype=torch.float64))
@@ -437,12 +440,15 @@ def language_agreement(
         before.train(training[0])
         after.train(training[1])
     mean = (sums / max(tokens, 1)).tolist()
+    perplexity = math.exp(min(mean[1], 700.0))
+    spread = math.sqrt(max(mean[4] - (mean[1] - mean[0]) ** 2, 0.0) / max(tokens, 1))
     return {
         "tokens": tokens,
         "divergence": max(mean[2], 0.0),
         "same_token": mean[3],
         "perplexity_before": math.exp(min(mean[0], 700.0)) if causal else math.nan,
-        "perplexity_after": math.exp(min(mean[1], 700.0)) if causal else math.nan,
+        "perplexity_after": perplexity if causal else math.nan,
+        "rise_error": perplexity * spread if causal else math.nan,
     }
 
 

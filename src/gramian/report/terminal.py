@@ -82,7 +82,9 @@ def _quality(quality: Mapping[str, Any]) -> str:
 def _predictions(language: Mapping[str, Any]) -> str:
     text = f"divergence {number(language['divergence'], 3)} nats, {percent(language['same_token'])} of likeliest tokens stay"
     if finite(language["perplexity_before"]):
-        text = f"perplexity {number(language['perplexity_before'], 4)} to {number(language['perplexity_after'], 4)}, {text}"
+        spread = f" (+- {number(language['rise_error'], 2)})" if "rise_error" in language else ""
+        both = [number(language[f"perplexity_{when}"], 4) for when in ("before", "after")]
+        text = f"perplexity {' to '.join(both)}{spread}, {text}"
     speed = language["generation"]
     return text + (f", {number(speed['before'])} to {number(speed['after'])} tokens/s" if speed else "")
 
