@@ -39,6 +39,7 @@ from gramian.nn import FeatureMajor, StructuredLinear, as_linear
 from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Skeleton, monarch
 
 FLOAT = torch.float32
+PASSES = ("smooth", "scattered", "index", "entrywise", "fourier")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -57,7 +58,7 @@ def pretended(rate: float = 1e11, bandwidth: float = 1e10, passes: float = 1e10)
         product = calibration.random_product(r, FLOAT)
         rows.append((product, 2e-6 + product.flops / rate + product.nbytes / bandwidth))
     slow = [(p, 100 * s) for p, s in rows]
-    traffic = {kind: [(100.0, 1e-6), (1e8, 1e8 / passes)] for kind in ("smooth", "scattered", "index", "fourier")}
+    traffic = {kind: [(100.0, 1e-6), (1e8, 1e8 / passes)] for kind in PASSES}
     traffic["view"] = [(0.0, 1e-7)]
     return CostModel({"device": "pretended"}, {"float32": rows, "bfloat16": slow}, traffic)
 

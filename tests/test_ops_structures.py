@@ -193,6 +193,19 @@ def test_block_sparse_by_its_definition() -> None:
     assert op.numel == values.numel() + index.numel()
 
 
+def test_block_sparse_gathers_a_part_of_a_large_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = BlockSparse.init((7, 11), kept=2, block=(4, 3))
+    x = torch.randn(2, 5, 11, requires_grad=True)
+    whole, columns = op.apply(x), op.apply_columns(x.detach().reshape(10, 11).mT)
+    (slope,) = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr("gramian.ops.block_sparse.GATHERED", 3 * 2 * 2 * 3 * 4)  # three rows
+    parts = op.apply(x)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), x)[0], slope)
+    torch.testing.assert_close(op.apply_columns(x.detach().reshape(10, 11).mT), columns)
+    torch.testing.assert_close(op.apply(x[:0]), whole[:0])
+
+
 def test_skeleton_by_its_definition() -> None:
     basis, coefficients, order = normal(2, 4), normal(3, 2, seed=1), torch.tensor([3, 0, 4, 1, 2])
     wanted = torch.zeros(5, 4, dtype=DOUBLE)

@@ -22,9 +22,10 @@ from torch import Tensor
 from gramian.errors import GramianError
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import MatrixProduct
+from gramian.ops.sparse import sparse_product
 
 LARGEST_FLOPS = 2e9
-ROUNDS = 4
+ROUNDS = 3
 """Every product is measured in this many rounds over all of them, and the geometric mean counts: of short products with several
 threads the best of a few is luck, and says less about the next."""
 MOST_SHAPES = 1200
@@ -155,7 +156,7 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
     passes, strided = _passes(), _strided_penalty()
     pace = Pace()
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
-    for dtype, until in ((torch.bfloat16, 0.2), (torch.float32, 0.95)):
+    for dtype, until in ((torch.bfloat16, 0.15), (torch.float32, 0.95)):
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
         start = time.perf_counter()
         share = (until * budget - (start - begun)) / ROUNDS
@@ -221,6 +222,13 @@ def _passes() -> dict[str, list[tuple[float, float]]]:
             if side <= 2048:
                 out["scattered"].append((nbytes, best_seconds(x.mT.contiguous)))
                 out["fourier"].append((nbytes, best_seconds(partial(torch.fft.rfft, x))))
+    out["entrywise"] = []
+    for side, batch, held in ((256, 16, 8), (512, 64, 32), (512, 256, 32), (1024, 512, 32)):
+        x, index = torch.randn(side, batch), torch.randint(side, (side * held,), dtype=torch.int32)
+        starts = torch.arange(0, side * held, held, dtype=torch.int32)
+        product = partial(sparse_product, x, torch.randn(side * held), index, starts)
+        with torch.inference_mode():
+            out["entrywise"].append((x.numel() * 4.0, best_seconds(product) / held))
     x = torch.randn(8, 8)
     with torch.inference_mode():
         view = best_seconds(lambda: x.view(4, 16))

@@ -21,7 +21,7 @@ from gramian.errors import GramianError
 from gramian.execution.trees import Trees
 from gramian.execution.work import MatrixProduct, Pass, Step
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CostModel:
     Attributes:
         machine: what it was measured on (processor, threads, torch); see ``calibration.machine``.
         products: measured matrix products and their seconds, by dtype name.
-        passes: (bytes, seconds) of passes over memory by kind: smooth, scattered, index, fourier, view.
+        passes: (bytes, seconds) of passes over memory by kind: smooth, scattered, index, entrywise, fourier, view.
         strided: how many times slower a product with a strided operand is.
         rooflines: by dtype the roofline's three numbers; found when first needed.
         settled: what was measured since then instead of predicted, for this process alone: the forms that ``Prepared`` found
@@ -186,6 +186,8 @@ def kind_of(step: Pass) -> str:
     """Which measured rate a pass goes by."""
     if step.name == "view":
         return "view"
+    if step.name.startswith("sparse_"):
+        return "entrywise"
     if step.name.startswith(("_fft", "fft")):
         return "fourier"
     if step.name.startswith(("index", "gather", "scatter", "embedding", "take")):

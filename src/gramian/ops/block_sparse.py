@@ -15,6 +15,10 @@ from gramian.ops.block_low_rank import joined
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
+GATHERED = 2**24
+"""Bytes of activations that are gathered at once: allocators take much larger pieces from the system anew each time, and
+touching them for the first time costs more than the product."""
+
 
 @register
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,17 +55,32 @@ class BlockSparse(Operator):
         return -(-self.columns // self.values.shape[3])
 
     def apply(self, x: Tensor) -> Tensor:
+        batch, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        step = self._at_once(x)
+        y = (
+            self._product(x)
+            if len(x) <= step
+            else torch.cat([self._product(x[i : i + step]) for i in range(0, len(x), step)])
+        )
+        return y.reshape(*batch, self.rows)
+
+    def _product(self, x: Tensor) -> Tensor:
         r, c, _, width = self.values.shape
-        batch = x.shape[:-1]
         padded = self._column_blocks() * width
         if padded > self.columns:
             x = F.pad(x, (0, padded - self.columns))
         gathered = x.reshape(-1, padded // width, width).index_select(1, self.index.reshape(-1).long())
         gathered = gathered.reshape(-1, r, c * width).transpose(0, 1)  # (R, B, c width)
         y = torch.bmm(gathered, self._rows().mT)  # (R, B, height)
-        return joined(y.transpose(0, 1), batch, self.rows)
+        return joined(y.transpose(0, 1), (len(x),), self.rows)
 
     def apply_columns(self, x: Tensor) -> Tensor:
+        step = self._at_once(x)
+        if x.shape[1] <= step:
+            return self._columns_product(x)
+        return torch.cat([self._columns_product(x[:, i : i + step]) for i in range(0, x.shape[1], step)], 1)
+
+    def _columns_product(self, x: Tensor) -> Tensor:
         r, c, height, width = self.values.shape
         padded = self._column_blocks() * width
         if padded > self.columns:
@@ -71,6 +90,11 @@ class BlockSparse(Operator):
         gathered = blocks.index_select(0, self.index.reshape(-1)).reshape(r, c * width, batch)
         y = self._rows() @ gathered
         return y.reshape(r * height, batch)[: self.rows]
+
+    def _at_once(self, x: Tensor) -> int:
+        """Rows of a batch whose gathered copy takes at most `GATHERED` bytes."""
+        r, c, _, width = self.values.shape
+        return max(1, GATHERED // max(r * c * width * x.element_size(), 1))
 
     def _rows(self) -> Tensor:
         """The blocks of each block row side by side, (R, height, c width); in the run-time form a view."""
