@@ -28,6 +28,7 @@ _WHERE = {
     "match": "gramian.models.merging",
     "merge": "gramian.models.merging",
     "plan": "gramian.models.api",
+    "prepare": "gramian.nn",
     "save": "gramian.models.checkpoint",
     "save_huggingface": "gramian.models.huggingface",
     "save_sentence_transformer": "gramian.models.sentence_encoder",
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from gramian.models.merging import match, merge
     from gramian.models.sentence_encoder import save_sentence_transformer
     from gramian.models.workload import Workload
-    from gramian.nn import StructuredEmbedding, StructuredLinear
+    from gramian.nn import StructuredEmbedding, StructuredLinear, prepare
     from gramian.ops import Operator
     from gramian.spectra import spectrum
 
@@ -84,6 +85,7 @@ __all__ = [
     "match",
     "merge",
     "plan",
+    "prepare",
     "save",
     "save_huggingface",
     "save_sentence_transformer",
