@@ -37,7 +37,8 @@ AUTO = {
     "bytes": ("quantized", "skeleton", "neurons"),
 }
 """What ``structures="auto"`` lets compete, by cost; dense always does. Other structures join when named: each of their sizes is
-a fit of its own, which takes longer, and on trained weights they rarely beat these."""
+a fit of its own, which takes longer, and on trained weights they rarely beat these. (BLAST comes closest: on the small Llama of
+examples/ half the error of low rank at equal parameters, layer by layer; against joint methods the knapsack took none.)"""
 
 
 @dataclass
