@@ -44,7 +44,8 @@ class Kept(Generic[Made]):
         except RuntimeError:
             return None
         if self._held is None or self._held[0] != key:
-            with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            device = tensors[0].device.type if tensors else "cpu"
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 # Holds on to what it was made from, so that those addresses are not used again.
                 self._held = (key, [tensor.detach() for tensor in tensors], make())
         return self._held[2]
