@@ -176,7 +176,7 @@ def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fast
     monkeypatch.setattr("gramian.execution.forms.stored", lambda: model)
     structured, cut, plain = Form(False, False, FLOAT), Form(True, False, FLOAT, True), Form(True, False, FLOAT)
     far = Form(False, True, FLOAT)
-    order = [(1.0, structured), (1.1, cut), (9.0, far), (9.5, plain)]
+    order = {structured: 1.0, cut: 1.1, far: 9.0, plain: 9.5}
     monkeypatch.setattr("gramian.execution.forms.ranked", lambda *args: order)
     monkeypatch.setattr("gramian.execution.forms.LITTLE", 10.0)
     asked: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,14 @@ from gramian.adapt.combine import COMBINES
 from gramian.errors import GramianError
 from gramian.models.swap import linear_shape, linear_weight
 from gramian.models.walk import is_linear
-from gramian.nn.structured import Structured
+from gramian.nn.structured import Keeping, Structured
 from gramian.ops import BlockLowRank, Dense, Diagonal, Identity, Operator, Product, Sum
 
 Chain = tuple[tuple[bool, nn.Module], ...]
 """What acts on x one after another: (is it a matrix, the module that holds its weight)."""
 
 
-class Edit(nn.Module):
+class Edit(Keeping):
     """One change of one linear layer; see ``gramian.adapt.adapter`` for what the parts mean.
 
     Args:
@@ -65,7 +65,6 @@ class Edit(nn.Module):
         self.combine, self.base_gain, self.rank, self.ramp = combine, base_gain, rank, ramp
         self.dropout, self.activation, self.perturb = dropout, activation, perturb
         self.factor, self.steps, self.perturbed = 1.0, 0, False
-        self._stack: tuple[Any, ...] | None = None
         self.replan()
 
     @property
@@ -116,31 +115,17 @@ class Edit(nn.Module):
         """``[A; A0]`` and ``[B, -B0]^T``, kept until a factor changes: two products instead of four where nothing trains.
         None where a change could not be seen.
         """
-        try:
-            key = (right.data_ptr(), right._version, left.data_ptr(), left._version)
-        except RuntimeError:
-            return None
-        if self._stack is None or self._stack[0] != key:
+
+        def stack() -> tuple[Tensor, Tensor]:
             theirs = self._plans[None][1]
             assert theirs is not None
             (_, first), (_, second) = theirs[0]
             # Alternating, so that at the start each term meets its opposite before rounding can add up.
             rights = torch.stack([right, first.weight], 1).flatten(0, 1)  # type: ignore[list-item]
             lefts = torch.stack([left, -second.weight], 2).flatten(1).t()  # type: ignore[operator]
-            self._stack = (key, rights, lefts, right, left)  # held, so that their addresses are not used again
-        return self._stack[1], self._stack[2]
+            return rights, lefts
 
-    def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; what was stacked is stacked again."""
-        self._stack = None
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._stack = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stack": None}
+        return self._kept.get([right, left], stack)
 
     # As a product ----------------------------------------------------------------------------------------------------
 
@@ -255,7 +240,7 @@ class AdaptedLinear(nn.Module):
             left = left.t()
         else:
             if torch.is_grad_enabled() and (x.requires_grad or right.requires_grad or left.requires_grad):
-                edit._stack = None
+                edit._kept.clear()
                 return self.run(x, 1)
             both = edit.stacked(right, left)
             if both is None:

@@ -260,7 +260,7 @@ class _Kept:
             p.copy_(value)
         for edit, before in zip(self.edits, self.before, strict=True):
             edit.steps = before + step
-            edit._stack = None
+            edit._kept.clear()
 
 
 def _schedule(step: int, settings: Training) -> float:

@@ -116,15 +116,16 @@ def _pieces(weight: Tensor) -> int:
     return next((n for n in range(PIECES, 1, -1) if len(weight) % n == 0), 1)
 
 
-def _matrices(op: Operator) -> list[Tensor]:
-    """What ``_rows`` multiplies by as matrices."""
-    if isinstance(op, Dense):
-        return [op.weight]
-    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-        return [op.left[0], op.right[0]]
-    if isinstance(op, Product) and _pair(op, _linear) is not None:
-        return [part.weight for part in op.parts if isinstance(part, Dense)]
-    return []
+def _can_be_cut(op: Operator) -> bool:
+    """Whether ``_rows`` multiplies by a matrix that has pieces."""
+    pieces: list[int] = []
+
+    def note(weight: Tensor) -> Kernel:
+        pieces.append(_pieces(weight))
+        return _linear(weight)
+
+    _rows(op, note)
+    return any(count > 1 for count in pieces)
 
 
 def _rows(op: Operator, linear: Callable[[Tensor], Kernel]) -> Kernel:
@@ -191,9 +192,9 @@ def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
     for kind in [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]:
         for dense in plain:
             out += [Form(dense, False, kind)]
-            matrices = [torch.empty(op.shape, device="meta")] if dense else _matrices(runs)
+            matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs
             out += [Form(dense, True, kind)] if batch != 1 else []
-            out += [Form(dense, False, kind, True)] if few and any(_pieces(m) > 1 for m in matrices) else []
+            out += [Form(dense, False, kind, True)] if few and _can_be_cut(matrix) else []
     return out
 
 
@@ -224,16 +225,16 @@ def choose(
     if model is None:
         return Form(_dense_by_operations(op), False, dtype), math.nan
     order = ranked(op, batch, dtype, model)
-    plain = next(seconds for seconds, form in order if form == Form(True, False, dtype))
-    seconds, form = order[0]
-    return (form, seconds) if seconds <= LEAST_GAIN * plain else (Form(True, False, dtype), plain)
+    fastest, plain = next(iter(order)), Form(True, False, dtype)
+    form = fastest if order[fastest] <= LEAST_GAIN * order[plain] else plain
+    return form, order[form]
 
 
-def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel) -> list[tuple[float, Form]]:
-    """Every form with its predicted seconds, the fastest first."""
+def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel) -> dict[Form, float]:
+    """Every form's predicted seconds, the fastest first."""
     light = op.to("meta")
-    order = [(predicted(light, form, batch, dtype, model), form) for form in candidates(light, dtype, batch)]
-    return sorted(order, key=lambda row: row[0])
+    seconds = {form: predicted(light, form, batch, dtype, model) for form in candidates(light, dtype, batch)}
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 def _dense_by_operations(op: Operator) -> bool:
@@ -291,12 +292,11 @@ class Prepared:
 
     def _fastest(self, x: Tensor, model: CostModel) -> Form:
         order = ranked(self.op, 1 << _power(_rows_of(x)), self._dtype, model)
-        plain = Form(True, False, self._dtype)
-        dense = next(seconds for seconds, form in order if form == plain)
-        few, ahead = _rows_of(x) <= COLD_ROWS, order[0][0] < FAR_AHEAD * dense and dense >= LITTLE
+        fastest, plain = next(iter(order)), Form(True, False, self._dtype)
+        few, ahead = _rows_of(x) <= COLD_ROWS, order[fastest] < FAR_AHEAD * order[plain] and order[plain] >= LITTLE
         if ahead and not few:
-            return order[0][1]
-        close = [form for seconds, form in order if few or seconds <= CLOSE * order[0][0]]
+            return fastest
+        close = [form for form, seconds in order.items() if few or seconds <= CLOSE * order[fastest]]
         forms = [form for form in close if not form.dense] if ahead else list(dict.fromkeys([*close[:RIVALS], plain]))
         if len(forms) == 1:
             return forms[0]

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gramian.execution import Prepared
-from gramian.nn.structured import Kept, Structured
+from gramian.nn.structured import Keeping, Kept, Structured, differentiable
 from gramian.ops import Dense
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class PreparedLinear(nn.Linear):
+class PreparedLinear(Keeping, nn.Linear):
     """An ``nn.Linear`` that runs, without gradients, in the form that ``gramian.execution`` finds fastest for the batch.
 
     Few rows of a large matrix, as in generation, take 1/2 to 4/5 of the time on several threads. Parameters and their names
     are those of ``nn.Linear``. There is only a choice with a calibration of this machine (``gramian bench --calibrate``).
     """
 
-    _kept: Kept[Prepared] | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
-        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if training or torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
+        if torch.compiler.is_compiling() or differentiable(self, x) or x.dtype != self.weight.dtype:
             return super().forward(x)
-        if self._kept is None:
-            self._kept = Kept()
         prepared = self._kept.get([self.weight], self._make)
         return super().forward(x) if prepared is None else prepared(x, self.bias)
 
     def _make(self) -> Prepared:
         return Prepared(Dense(self.weight.detach()))
-
-    def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; what was prepared is made again."""
-        self._kept = None
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._kept = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def prepare(model: Model) -> Model:
@@ -61,6 +46,7 @@ def prepare(model: Model) -> Model:
     for module in model.modules():
         if type(module) is nn.Linear and module not in factors:
             module.__class__ = PreparedLinear
+            module._kept = Kept()  # type: ignore[assignment]
     return model
 
 
@@ -68,6 +54,6 @@ def unprepare(model: Model) -> Model:
     """Undo ``prepare``, in place; returns the model."""
     for module in model.modules():
         if type(module) is PreparedLinear:
-            module._kept = None
+            del module._kept
             module.__class__ = nn.Linear  # type: ignore[assignment]
     return model

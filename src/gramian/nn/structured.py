@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -58,7 +59,29 @@ class Kept(Generic[Made]):
         return (Kept, ())
 
 
-class Structured(nn.Module):
+class Keeping(nn.Module):
+    """A layer that keeps something made from its parameters, until ``train()``, ``eval()`` or a move."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: Kept[Any] = Kept()
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; what was kept is made again."""
+        self._kept.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._kept.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def differentiable(layer: nn.Module, *inputs: Tensor) -> bool:
+    """Whether autograd looks on at a call of the layer."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain(inputs, layer.parameters()))
+
+
+class Structured(Keeping):
     """Owns the factors of an operator, as child modules named as in ``op.factors()``.
 
     The buffer ``weight`` has no elements: a loader that does not know this class finds a tensor whose shape cannot match
@@ -95,7 +118,6 @@ class Structured(nn.Module):
         self._config = op.config()
         self._template = from_config(self._config)  # on the meta device: structure without numbers
         self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
-        self._kept: Kept[Any] = Kept()
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs; JSON-able."""
@@ -122,16 +144,6 @@ class Structured(nn.Module):
         """``make()``, kept until a factor changes; None where a change could not be seen."""
         made: Made | None = self._kept.get([self._holder(name).weight for name in self._shapes], make)  # type: ignore[misc]
         return made
-
-    def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; what was prepared is made again."""
-        self._kept.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._kept.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
-from gramian.nn.structured import Structured
+from gramian.nn.structured import Structured, differentiable
 from gramian.ops import BlockLowRank, Dense, Operator, Quantized, from_config
 
 
@@ -62,8 +62,8 @@ class StructuredEmbedding(Structured):
         """As ``nn.Embedding``: ids (...), integers -> (..., embedding_dim)."""
         found = _rows(self.op, ids)
         if found is None:
-            training = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-            table = None if training or torch.compiler.is_compiling() else self._cached(lambda: self.op.dense())
+            alive = torch.compiler.is_compiling() or differentiable(self)
+            table = None if alive else self._cached(lambda: self.op.dense())
             found = F.embedding(ids, self.op.dense() if table is None else table)
         if self.padding_idx is not None and found.requires_grad:
             found = torch.where((ids == self.padding_idx)[..., None], found.detach(), found)

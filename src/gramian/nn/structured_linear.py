@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.execution import Prepared
-from gramian.nn.structured import Factor, Structured
+from gramian.nn.structured import Factor, Structured, differentiable
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
 
@@ -89,7 +89,7 @@ class StructuredLinear(Structured):
             y = self._through_children(self._template, "", x)
         elif torch.compiler.is_compiling():
             y = self.op.apply(x)
-        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        elif differentiable(self, x):
             self._kept.clear()
             y = self.op.apply(x)
         else:
@@ -104,8 +104,7 @@ class StructuredLinear(Structured):
         """
         if not self._plain():
             raise GramianError("a feature-major product cannot run through wrapped factors; use forward()")
-        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or differentiable(self, x):
             y = self.op.apply_columns(x)
         else:
             y = self.prepared().columns(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,16 +56,10 @@ class BlockSparse(Operator):
         return -(-self.columns // self.values.shape[3])
 
     def apply(self, x: Tensor) -> Tensor:
-        batch, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        step = self._at_once(x)
-        y = (
-            self._product(x)
-            if len(x) <= step
-            else torch.cat([self._product(x[i : i + step]) for i in range(0, len(x), step)])
-        )
-        return y.reshape(*batch, self.rows)
+        y = self._in_parts(self._row_product, x.reshape(-1, x.shape[-1]), 0)
+        return y.reshape(*x.shape[:-1], self.rows)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _row_product(self, x: Tensor) -> Tensor:
         r, c, _, width = self.values.shape
         padded = self._column_blocks() * width
         if padded > self.columns:
@@ -75,12 +70,9 @@ class BlockSparse(Operator):
         return joined(y.transpose(0, 1), (len(x),), self.rows)
 
     def apply_columns(self, x: Tensor) -> Tensor:
-        step = self._at_once(x)
-        if x.shape[1] <= step:
-            return self._columns_product(x)
-        return torch.cat([self._columns_product(x[:, i : i + step]) for i in range(0, x.shape[1], step)], 1)
+        return self._in_parts(self._column_product, x, 1)
 
-    def _columns_product(self, x: Tensor) -> Tensor:
+    def _column_product(self, x: Tensor) -> Tensor:
         r, c, height, width = self.values.shape
         padded = self._column_blocks() * width
         if padded > self.columns:
@@ -91,10 +83,13 @@ class BlockSparse(Operator):
         y = self._rows() @ gathered
         return y.reshape(r * height, batch)[: self.rows]
 
-    def _at_once(self, x: Tensor) -> int:
-        """Rows of a batch whose gathered copy takes at most `GATHERED` bytes."""
+    def _in_parts(self, product: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+        """The product for parts of the batch, along `dim`, whose gathered copies take at most `GATHERED` bytes."""
         r, c, _, width = self.values.shape
-        return max(1, GATHERED // max(r * c * width * x.element_size(), 1))
+        step = max(1, GATHERED // max(r * c * width * x.element_size(), 1))
+        if x.shape[dim] <= step:
+            return product(x)
+        return torch.cat([product(part) for part in torch.split(x, step, dim)], dim)
 
     def _rows(self) -> Tensor:
         """The blocks of each block row side by side, (R, height, c width); in the run-time form a view."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.ops import Operator
 from gramian.ops.toeplitz import computable, fast_length
-
-if TYPE_CHECKING:
-    from gramian.nn import StructuredLinear
 
 # Convolution ---------------------------------------------------------------------------------------------------------
 
@@ -110,12 +107,6 @@ def two_sided_convolution(u: Tensor, kernel: Tensor) -> Tensor:
     time, reach = u.shape[-1], (kernel.shape[-1] - 1) // 2
     padded = F.pad(u, (0, reach))
     return causal_convolution(padded, kernel)[..., reach : reach + time]
-
-
-def _layer(op: Operator) -> StructuredLinear:
-    from gramian.nn import StructuredLinear  # here, so that plain layers import faster
-
-    return StructuredLinear(op)
 
 
 def with_skip(kernel: Tensor, skip: Tensor) -> Tensor:
@@ -333,7 +324,11 @@ class FiniteFilter(nn.Module):
     def __init__(self, kernel: nn.Module, channels: int, *, fourier: Operator | None = None) -> None:
         super().__init__()
         self.kernel, self.skip = kernel, nn.Parameter(torch.ones(channels))
-        self.fourier = None if fourier is None else _layer(fourier)
+        self.fourier = None
+        if fourier is not None:
+            from gramian.nn import StructuredLinear  # here, so that plain layers import faster
+
+            self.fourier = StructuredLinear(fourier)
 
     def forward(self, u: Tensor, state: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and the last inputs.
