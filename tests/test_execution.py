@@ -39,7 +39,7 @@ from gramian.nn import FeatureMajor, StructuredLinear, as_linear
 from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Skeleton, monarch
 
 FLOAT = torch.float32
-PASSES = ("smooth", "scattered", "index", "entrywise", "fourier")
+PASSES = ("copy", "index", "entrywise", "fourier")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -58,8 +58,8 @@ def pretended(rate: float = 1e11, bandwidth: float = 1e10, passes: float = 1e10)
         product = calibration.random_product(r, FLOAT)
         rows.append((product, 2e-6 + product.flops / rate + product.nbytes / bandwidth))
     slow = [(p, 100 * s) for p, s in rows]
-    traffic = {kind: [(100.0, 1e-6), (1e8, 1e8 / passes)] for kind in PASSES}
-    traffic["view"] = [(0.0, 1e-7)]
+    traffic = {kind: [(100.0, 1.0, 1e-6), (1e8, 1.0, 1e8 / passes)] for kind in PASSES}
+    traffic["view"] = [(0.0, 1.0, 1e-7)]
     return CostModel({"device": "pretended"}, {"float32": rows, "bfloat16": slow}, traffic)
 
 
@@ -409,3 +409,33 @@ def test_a_leaf_holds_enough_samples(leaf: int) -> None:
 def test_constant_features_cannot_divide() -> None:
     x, y = np.ones((10, 2)), np.arange(10.0)
     np.testing.assert_allclose(Trees.learn(x, y)(x), 4.5)
+
+
+def test_passes_know_how_much_lies_side_by_side() -> None:
+    """Permuted copies and gathers of short pieces are slower than of long ones."""
+    from gramian.execution import trace
+
+    def runs(call: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
+        return [s.run for s in trace(call, (6, 4, 8), FLOAT) if isinstance(s, Pass) and s.name != "view"]
+
+    index = torch.empty(4, dtype=torch.int64, device="meta")
+    assert runs(lambda x: x.clone()) == [6 * 4 * 8 * 4]
+    assert runs(lambda x: x.transpose(0, 1).contiguous()) == [8 * 4]
+    assert runs(lambda x: x.mT.contiguous()) == [4]
+    assert runs(lambda x: x.mT + x.mT) == [6 * 4 * 8 * 4], "in memory order on both sides"
+    assert runs(lambda x: x.index_select(1, index)) == [8 * 4]
+    assert runs(lambda x: x[:, index]) == [8 * 4]
+    assert runs(lambda x: x[..., index]) == [4]
+
+
+def test_a_pass_between_two_measured_runs() -> None:
+    model = pretended()
+    model.passes["copy"] = [(1e3, 4.0, 4e-6), (1e5, 4.0, 4e-4), (1e3, 64.0, 1e-6), (1e5, 64.0, 1e-4)]
+
+    def seconds(nbytes: int, run: int) -> float:
+        return model.seconds([Pass("clone", nbytes, run, FLOAT)])
+
+    assert seconds(1000, 4) == pytest.approx(4e-6)
+    assert seconds(10_000, 64) == pytest.approx(1e-5)
+    assert seconds(10_000, 16) == pytest.approx(2e-5), "halfway in the logarithms of both"
+    assert seconds(1_000_000, 4096) == pytest.approx(1e-3), "beyond both: at the last rate"

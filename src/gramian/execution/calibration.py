@@ -26,11 +26,11 @@ from gramian.ops.sparse import sparse_product
 
 LARGEST_FLOPS = 2e9
 ROUNDS = 3
-"""Every product is measured in this many rounds over all of them, and the geometric mean counts: of short products with several
-threads the best of a few is luck, and says less about the next."""
-MOST_SHAPES = 1200
-LONG = 1e-3
-"""Seconds of a call that is timed once, alone."""
+"""Everything is measured in this many rounds, and the geometric mean counts: the pace of a machine changes. Only one round has
+the products of `LONG` and more, which would take most of the time."""
+MOST_SHAPES = 1600
+LONG = 2e-3
+"""Seconds of a call that is timed once, alone: its own length averages what disturbs it."""
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -59,16 +59,16 @@ def cache_file() -> Path:
 
 
 def best_seconds(call: Callable[[], object], *, at_least: float = 0.0005, repeats: int = 3) -> float:
-    """Seconds of one call, the best of a few; short calls are timed in groups of `at_least` seconds."""
+    """Seconds of one call, the best of a few; short calls are timed in groups of `at_least` seconds, ones of `LONG` once."""
     call()
     start = time.perf_counter()
     call()
     once = max(time.perf_counter() - start, 1e-7)
-    if repeats == 1 and once >= LONG:
+    if once >= LONG:
         return once
     group = max(1, min(1000, round(at_least / once)))
     best = math.inf
-    for _ in range(repeats if once < 0.01 else 1):
+    for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(group):
             call()
@@ -122,14 +122,15 @@ def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGES
 
 
 def time_product(product: MatrixProduct, device: str = "cpu") -> float:
-    """Seconds of one product, measured once."""
+    """Seconds of one product. Five short groups say more than one of their length: what disturbs them comes and goes."""
+    timed = partial(best_seconds, at_least=2e-4, repeats=5)
     left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
     right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
     with torch.inference_mode():
         if product.count == 1:
             left, right = left[0], right[0]
-            return best_seconds(lambda: torch.mm(left, right), repeats=1)
-        return best_seconds(lambda: torch.bmm(left, right), repeats=1)
+            return timed(lambda: torch.mm(left, right))
+        return timed(lambda: torch.bmm(left, right))
 
 
 def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: str) -> Tensor:
@@ -153,29 +154,41 @@ def calibrate(*, budget: float = 16.0, seed: int = 0, progress: Callable[[float]
             progress(min(1.0, (time.perf_counter() - begun) / budget))
 
     r = random.Random(seed)
-    passes, strided = _passes(), _strided_penalty()
-    pace = Pace()
+    pace, passes, penalties = Pace(), _passes(), [_strided_penalty()]
+    rounds = [_measured(passes, pace)]
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
     for dtype, until in ((torch.bfloat16, 0.15), (torch.float32, 0.95)):
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
         start = time.perf_counter()
-        share = (until * budget - (start - begun)) / ROUNDS
+        share, again = until * budget - (start - begun), 0.0
         shapes: list[MatrixProduct] = []
-        first: list[float] = []
-        while len(shapes) < 24 or (time.perf_counter() - start < share and len(shapes) < MOST_SHAPES):
-            shapes.append(random_product(r, dtype, largest))
-            first.append(pace.relative(time_product(shapes[-1])))
+        seconds: list[list[float]] = []
+        short: list[int] = []
+        while len(shapes) < 24 or (time.perf_counter() - start + again < share and len(shapes) < MOST_SHAPES):
+            shape, before = random_product(r, dtype, largest), time.perf_counter()
+            took = time_product(shape)
+            shapes.append(shape)
+            seconds.append([pace.relative(took)])
+            if took < LONG:
+                short.append(len(shapes) - 1)
+                again += (ROUNDS - 1) * (time.perf_counter() - before)
             tell()
-        others = [[pace.relative(time_product(shape)) for shape in shapes] for _ in range(ROUNDS - 1)]
-        tell()
-        seconds = [pace.usual * statistics.geometric_mean(values) for values in zip(first, *others, strict=True)]
-        products[str(dtype).removeprefix("torch.")] = list(zip(shapes, seconds, strict=True))
-        passes = {
-            kind: [(nbytes, min(a, b)) for (nbytes, a), (_, b) in zip(rows, again, strict=True)]
-            for (kind, rows), again in zip(passes.items(), _passes().values(), strict=True)
-        }
-        strided = min(strided, _strided_penalty())
-    model = CostModel(machine(), products, passes, strided)
+        for _ in range(ROUNDS - 1):
+            for i in short:
+                seconds[i].append(pace.relative(time_product(shapes[i])))
+            tell()
+        usual = [pace.usual * statistics.geometric_mean(values) for values in seconds]
+        products[str(dtype).removeprefix("torch.")] = list(zip(shapes, usual, strict=True))
+        rounds.append(_measured(passes, pace))
+        penalties.append(_strided_penalty())
+    rates = {
+        kind: [
+            (nbytes, run, pace.usual * statistics.geometric_mean(measured[kind][i] for measured in rounds))
+            for i, (nbytes, run, _, _) in enumerate(rows)
+        ]
+        for kind, rows in passes.items()
+    }
+    model = CostModel(machine(), products, rates, statistics.geometric_mean(penalties))
     model.learn()
     return model
 
@@ -208,32 +221,45 @@ def _affordable(dtype: torch.dtype) -> float:
     return min(LARGEST_FLOPS, max(1e5, 2 * 128**3 / seconds * 0.02))
 
 
-def _passes() -> dict[str, list[tuple[float, float]]]:
-    """(bytes, seconds) of each kind of pass, over sizes that fit the caches and ones that do not."""
-    out: dict[str, list[tuple[float, float]]] = {kind: [] for kind in ("smooth", "scattered", "index", "fourier")}
+Passes = dict[str, list[tuple[float, float, int, Callable[[], object]]]]
+"""By kind: (bytes, bytes side by side, how many passes a call makes, the call)."""
+
+
+def _passes() -> Passes:
+    """Each kind of pass, over sizes that fit the caches and ones that do not, in pieces of several lengths."""
+    out: Passes = {kind: [] for kind in ("copy", "index", "entrywise", "fourier", "view")}
     for side in (4, 64, 256, 512, 1024, 2048, 3072):
         x = torch.randn(side, side)
-        rows = torch.randperm(side)
         nbytes = 2.0 * x.numel() * 4
-        with torch.inference_mode():
-            # The largest is memory that an allocator takes from the system anew each time.
-            out["smooth"].append((nbytes, best_seconds(x.clone)))
-            out["index"].append((nbytes, best_seconds(partial(x.index_select, 0, rows))))
-            if side <= 2048:
-                out["scattered"].append((nbytes, best_seconds(x.mT.contiguous)))
-                out["fourier"].append((nbytes, best_seconds(partial(torch.fft.rfft, x))))
-    out["entrywise"] = []
+        # The largest is memory that an allocator takes from the system anew each time.
+        out["copy"].append((nbytes, 4096.0, 1, x.clone))
+        out["index"].append((nbytes, 4096.0, 1, partial(x.index_select, 0, torch.randperm(side))))
+        if 16 <= side <= 2048:
+            out["fourier"].append((nbytes, 1.0, 1, partial(torch.fft.rfft, x)))
+            for width in (1, 4, 16, 64):
+                rows, pieces = side // 16, side * 16 // width
+                blocks = x.reshape(-1)[: rows * pieces * width].view(rows, pieces, width)
+                turned = x.mT if width == 1 else blocks.transpose(0, 1)
+                held = 8.0 * turned.numel()
+                out["copy"].append((held, 4.0 * width, 1, turned.contiguous))
+                out["index"].append(
+                    (8.0 * blocks.numel(), 4.0 * width, 1, partial(blocks.index_select, 1, torch.randperm(pieces)))
+                )
     for side, batch, held in ((256, 16, 8), (512, 64, 32), (512, 256, 32), (1024, 512, 32)):
         x, index = torch.randn(side, batch), torch.randint(side, (side * held,), dtype=torch.int32)
         starts = torch.arange(0, side * held, held, dtype=torch.int32)
         product = partial(sparse_product, x, torch.randn(side * held), index, starts)
-        with torch.inference_mode():
-            out["entrywise"].append((x.numel() * 4.0, best_seconds(product) / held))
-    x = torch.randn(8, 8)
-    with torch.inference_mode():
-        view = best_seconds(lambda: x.view(4, 16))
-    out["view"] = [(0.0, view)]
+        out["entrywise"].append((x.numel() * 4.0, 1.0, held, product))
+    out["view"] = [(1.0, 1.0, 1, partial(torch.randn(8, 8).view, 4, 16))]
     return out
+
+
+@torch.inference_mode()
+def _measured(passes: Passes, pace: Pace) -> dict[str, list[float]]:
+    """The time of each pass, in units of the reference product."""
+    return {
+        kind: [pace.relative(best_seconds(call) / count) for _, _, count, call in rows] for kind, rows in passes.items()
+    }
 
 
 def _strided_penalty() -> float:

@@ -7,6 +7,7 @@ it is only what trees correct, which learn from products measured on the user's 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.execution.trees import Trees
-from gramian.execution.work import MatrixProduct, Pass, Step
+from gramian.execution.work import INDEXED, MatrixProduct, Pass, Step
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ class Roofline:
 
 def features(product: MatrixProduct) -> list[float]:
     """What the efficiency of a product depends on: sizes, what a vector register leaves over of each, layouts, work and
-    what it touches. Trees divide by one number at a time, so products and ratios of sizes are given too.
+    what it touches, contiguous lengths. Trees divide by one number at a time, so products and ratios of sizes are given too.
     """
     count, m, n, k = product.count, product.m, product.n, product.k
-    amounts = (count, m, n, k, min(m, n), max(m, n), product.flops, product.nbytes, product.flops / product.nbytes,
-               count * m * k, count * k * n, count * m * n)  # fmt: skip
-    ragged = (m % 8, n % 8, k % 8)
+    amounts = (count, m, n, k, min(m, n), max(m, n), min(m, n, k), product.flops, product.nbytes,
+               product.flops / product.nbytes, count * m * k, count * k * n, count * m * n,
+               m if product.left_transposed else k, k if product.right_transposed else n)  # fmt: skip
+    ragged = (m % 8, n % 8, k % 8, n % 16)
     return [*map(math.log2, amounts), *ragged, float(product.left_transposed), float(product.right_transposed)]
 
 
@@ -81,7 +83,7 @@ class CostModel:
     Attributes:
         machine: what it was measured on (processor, threads, torch); see ``calibration.machine``.
         products: measured matrix products and their seconds, by dtype name.
-        passes: (bytes, seconds) of passes over memory by kind: smooth, scattered, index, entrywise, fourier, view.
+        passes: (bytes, bytes side by side, seconds) of passes over memory, by kind: copy, index, entrywise, fourier, view.
         strided: how many times slower a product with a strided operand is.
         rooflines: by dtype the roofline's three numbers; found when first needed.
         settled: what was measured since then instead of predicted, for this process alone: the forms that ``Prepared`` found
@@ -90,7 +92,7 @@ class CostModel:
 
     machine: dict[str, Any]
     products: dict[str, list[tuple[MatrixProduct, float]]]
-    passes: dict[str, list[tuple[float, float]]]
+    passes: dict[str, list[tuple[float, float, float]]]
     strided: float = 1.0
     rooflines: dict[str, list[float]] = field(default_factory=dict)
     settled: dict[tuple[Hashable, ...], Any] = field(default_factory=dict, repr=False, compare=False)
@@ -132,17 +134,22 @@ class CostModel:
         return total
 
     def _pass(self, step: Pass) -> float:
-        kind = kind_of(step)
-        rows = self.passes[kind]
-        if step.nbytes <= rows[0][0]:
-            return rows[0][1]
-        # Linear between measured points in the logarithms; at the last rate beyond the largest.
-        for (b0, s0), (b1, s1) in pairwise(rows):
-            if step.nbytes <= b1:
-                share = math.log(step.nbytes / b0) / math.log(b1 / b0)
-                return math.exp(math.log(s0) + share * math.log(s1 / s0))
-        last, seconds = rows[-1]
-        return seconds * step.nbytes / last
+        """Between the runs that were measured, linear in the logarithms."""
+        curves = self._curves[kind_of(step)]
+        runs = list(curves)
+        above = min(bisect_left(runs, step.run), len(runs) - 1)
+        below = max(above - 1, 0) if step.run < runs[above] else above
+        r0, r1 = runs[below], runs[above]
+        return _between(step.run, (r0, _along(curves[r0], step.nbytes)), (r1, _along(curves[r1], step.nbytes)))
+
+    @cached_property
+    def _curves(self) -> dict[str, dict[float, list[tuple[float, float]]]]:
+        """By kind and run, both ascending: (bytes, seconds)."""
+        out: dict[str, dict[float, list[tuple[float, float]]]] = {}
+        for kind, rows in self.passes.items():
+            for nbytes, run, seconds in sorted(rows, key=lambda row: (row[1], row[0])):
+                out.setdefault(kind, {}).setdefault(run, []).append((nbytes, seconds))
+        return out
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; ``from_json`` gives it back."""
@@ -178,7 +185,7 @@ class CostModel:
             ]
             for dtype, rows in data["products"].items()
         }  # fmt: skip
-        passes = {kind: [(float(b), float(s)) for b, s in rows] for kind, rows in data["passes"].items()}
+        passes = {kind: [(float(b), float(r), float(s)) for b, r, s in rows] for kind, rows in data["passes"].items()}
         return cls(dict(data["machine"]), products, passes, float(data["strided"]), dict(data["rooflines"]))
 
 
@@ -190,6 +197,22 @@ def kind_of(step: Pass) -> str:
         return "entrywise"
     if step.name.startswith(("_fft", "fft")):
         return "fourier"
-    if step.name.startswith(("index", "gather", "scatter", "embedding", "take")):
+    if step.name.startswith(INDEXED):
         return "index"
-    return "scattered" if step.scattered else "smooth"
+    return "copy"
+
+
+def _along(curve: Sequence[tuple[float, float]], nbytes: float) -> float:
+    """Seconds at so many bytes: linear between measured points in the logarithms, at the last rate beyond the largest."""
+    if nbytes <= curve[0][0]:
+        return curve[0][1]
+    for left, right in pairwise(curve):
+        if nbytes <= right[0]:
+            return _between(nbytes, left, right)
+    last, seconds = curve[-1]
+    return seconds * nbytes / last
+
+
+def _between(x: float, left: tuple[float, float], right: tuple[float, float]) -> float:
+    (x0, y0), (x1, y1) = left, right
+    return y0 if x1 == x0 else float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))

@@ -7,6 +7,7 @@ third parties included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,14 +59,14 @@ class Pass:
     Attributes:
         name: of the tensor operation.
         nbytes: read and written.
-        scattered: reads or writes along an axis that is not contiguous, or through an index.
+        run: bytes that lie side by side in everything read and written: a permuted copy or a gather moves pieces of so many.
         dtype: of the result.
         count: how often, over the same memory.
     """
 
     name: str
     nbytes: int
-    scattered: bool
+    run: int
     dtype: torch.dtype
     count: int = 1
 
@@ -73,6 +74,8 @@ class Pass:
 Step = MatrixProduct | Pass
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"}
+INDEXED = ("index", "gather", "scatter", "embedding", "take")
+"""How the names of operations begin that read or write through an index."""
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh"}
 
 
@@ -92,7 +95,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _FREE:
             return result
         if func.is_view or name == "_unsafe_view":
-            self.steps.append(Pass("view", 0, False, args[0].dtype))
+            self.steps.append(Pass("view", 0, 0, args[0].dtype))
             return result
         tensors = [a for a in _flat(args) if isinstance(a, Tensor)]
         formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
@@ -100,14 +103,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.steps.append(_product(name, tensors))
         elif formula is not None:
             # An operation of our own that goes entry by entry: a number is read a multiply-add, over and over from what it
-            # multiplies.
+            # multiplies. It reads and writes rows of the batch; others are copied.
+            for turned in (tensors[0], result):
+                if turned.dim() > 1 and not _smooth(turned):
+                    self.steps.append(Pass("copy_", 2 * _held(turned), turned.element_size(), turned.dtype))
             nbytes = int(formula(*args, **kwargs, out_val=result)) // 2 * result.element_size()
             once = max(1, _held(tensors[0]))
-            self.steps.append(Pass(name, min(once, nbytes), False, result.dtype, -(-nbytes // once)))
+            self.steps.append(Pass(name, min(once, nbytes), 0, result.dtype, -(-nbytes // once)))
         else:
             made = [r for r in _flat(result) if isinstance(r, Tensor)]
             if made and not (len(made) == 1 and any(made[0] is t for t in tensors) and not func._schema.is_mutable):
-                self.steps.append(_pass(name, tensors, made))
+                self.steps.append(Pass(name, sum(map(_held, tensors + made)), _run(name, args, made[0]), made[0].dtype))
         return result
 
 
@@ -142,11 +148,28 @@ def _order(matrix: Tensor) -> str:
     return "rows" if columns == 1 else "neither"
 
 
-def _pass(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Pass:
-    nbytes = sum(_held(t) for t in (*inputs, *outputs))
-    indexed = name.startswith(("index", "gather", "scatter", "embedding", "take"))
-    scattered = indexed or any(t.dim() > 1 and t.numel() > 1 and not _smooth(t) for t in inputs)
-    return Pass(name, nbytes, scattered, outputs[0].dtype)
+def _run(name: str, args: tuple[Any, ...], made: Tensor) -> int:
+    """Bytes that lie side by side in the operands and in what is made of them."""
+    size = made.element_size()
+    if name.startswith(INDEXED):
+        if name.startswith("index_") and isinstance(args[1], int):  # along one axis
+            return math.prod(made.shape[args[1] % made.dim() + 1 :]) * size
+        if name == "embedding":
+            return made.shape[-1] * size
+        if name == "index":
+            last = max(i for i, index in enumerate(args[1]) if index is not None)
+            return int(math.prod(args[0].shape[last + 1 :])) * size
+        return size
+    shortest = made.numel()
+    inward = sorted(range(made.dim()), key=made.stride)  # axes from the innermost of the result outwards
+    for tensor in (a for a in _flat(args) if isinstance(a, Tensor) and a.shape == made.shape):
+        whole = 1
+        for axis in inward:
+            if tensor.shape[axis] > 1 and tensor.stride(axis) not in (0, whole):
+                break
+            whole *= tensor.shape[axis] if tensor.stride(axis) else 1
+        shortest = min(shortest, whole)
+    return shortest * size
 
 
 def _held(tensor: Tensor) -> int:
