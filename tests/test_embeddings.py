@@ -102,7 +102,7 @@ def test_a_materialised_table_follows_its_factors() -> None:
     ids = torch.arange(50)
     with torch.no_grad():
         first = layer(ids)
-        assert layer._kept._held is not None
+        assert layer._kept._made is not None
         layer.basis.weight.mul_(2)
         torch.testing.assert_close(layer(ids), 2 * first)
 

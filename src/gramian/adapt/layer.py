@@ -14,7 +14,7 @@ from gramian.adapt.combine import COMBINES
 from gramian.errors import GramianError
 from gramian.models.swap import linear_shape, linear_weight
 from gramian.models.walk import is_linear
-from gramian.nn.structured import Keeping, Structured
+from gramian.nn.structured import Keeping, Structured, differentiable
 from gramian.ops import BlockLowRank, Dense, Diagonal, Identity, Operator, Product, Sum
 
 Chain = tuple[tuple[bool, nn.Module], ...]
@@ -239,7 +239,7 @@ class AdaptedLinear(nn.Module):
         if edit.start is None:
             left = left.t()
         else:
-            if torch.is_grad_enabled() and (x.requires_grad or right.requires_grad or left.requires_grad):
+            if differentiable(x, right, left):
                 edit._kept.clear()
                 return self.run(x, 1)
             both = edit.stacked(right, left)

@@ -23,10 +23,12 @@ class PreparedLinear(Keeping, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
-        if torch.compiler.is_compiling() or differentiable(self, x) or x.dtype != self.weight.dtype:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if torch.compiler.is_compiling() or differentiable(x, weight, bias) or x.dtype != weight.dtype:
             return super().forward(x)
-        prepared = self._kept.get([self.weight], self._make)
-        return super().forward(x) if prepared is None else prepared(x, self.bias)
+        prepared = self._kept.get([weight], self._make)
+        return super().forward(x) if prepared is None else prepared(x, bias)
 
     def _make(self) -> Prepared:
         return Prepared(Dense(self.weight.detach()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from itertools import chain
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -34,26 +33,32 @@ class Kept(Generic[Made]):
     """Something made from tensors, kept until one of them changes. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._held: tuple[list[Any], list[Tensor], Made] | None = None
+        self._made: Made | None = None
+        self._from: list[tuple[Tensor, int, int, Tensor]] = []
 
     def get(self, tensors: Sequence[Tensor], make: Callable[[], Made]) -> Made | None:
         """``make()``, or what it gave before; None where a change could not be seen (tensors made under
         ``torch.inference_mode``, or standing in for a function transform).
         """
         try:
-            key = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
+            if self._made is not None and len(tensors) == len(self._from):
+                for tensor, (seen, version, address, _) in zip(tensors, self._from, strict=True):
+                    if tensor is not seen or tensor._version != version or tensor.data_ptr() != address:
+                        break
+                else:
+                    return self._made
+            # Holds on to the memory it was made from, so that no other tensor comes to lie there.
+            now = [(tensor, tensor._version, tensor.data_ptr(), tensor.detach()) for tensor in tensors]
         except RuntimeError:
             return None
-        if self._held is None or self._held[0] != key:
-            device = tensors[0].device.type if tensors else "cpu"
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                # Holds on to what it was made from, so that those addresses are not used again.
-                self._held = (key, [tensor.detach() for tensor in tensors], make())
-        return self._held[2]
+        device = tensors[0].device.type if tensors else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            self._made, self._from = make(), now
+        return self._made
 
     def clear(self) -> None:
         """Make it anew when next asked."""
-        self._held = None
+        self._made, self._from = None, []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Kept, ())
@@ -76,9 +81,9 @@ class Keeping(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def differentiable(layer: nn.Module, *inputs: Tensor) -> bool:
-    """Whether autograd looks on at a call of the layer."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in chain(inputs, layer.parameters()))
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd looks on at what is made from these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class Structured(Keeping):
@@ -118,6 +123,7 @@ class Structured(Keeping):
         self._config = op.config()
         self._template = from_config(self._config)  # on the meta device: structure without numbers
         self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
+        self._paths = {name: name.split(".") for name in self._shapes}
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs; JSON-able."""
@@ -140,10 +146,24 @@ class Structured(Keeping):
         assert isinstance(weight, Tensor)
         return weight.view(self._shapes[name])
 
-    def _cached(self, make: Callable[[], Made]) -> Made | None:
-        """``make()``, kept until a factor changes; None where a change could not be seen."""
-        made: Made | None = self._kept.get([self._holder(name).weight for name in self._shapes], make)  # type: ignore[misc]
-        return made
+    def _weights(self, prefix: str = "") -> list[Tensor] | None:
+        """The tensors that hold the factors whose names start with `prefix`; None unless all are as they were made: no
+        adapter library has wrapped one, and no hook waits for a call. Runs in every product: past ``nn.Module``'s search
+        for attributes.
+        """
+        found = []
+        for name, path in self._paths.items():
+            if not name.startswith(prefix):
+                continue
+            module: nn.Module = self
+            for part in path:
+                module = module._modules[part]  # type: ignore[assignment]
+            kind = type(module)
+            if kind is not Factor and (kind is not nn.Linear or module._forward_pre_hooks or module._forward_hooks):
+                return None
+            weight = module._parameters.get("weight")
+            found.append(module._buffers["weight"] if weight is None else weight)
+        return found  # type: ignore[return-value]
 
 
 def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:

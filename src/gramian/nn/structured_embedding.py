@@ -62,8 +62,9 @@ class StructuredEmbedding(Structured):
         """As ``nn.Embedding``: ids (...), integers -> (..., embedding_dim)."""
         found = _rows(self.op, ids)
         if found is None:
-            alive = torch.compiler.is_compiling() or differentiable(self)
-            table = None if alive else self._cached(lambda: self.op.dense())
+            weights, table = self._weights(), None
+            if weights is not None and not torch.compiler.is_compiling() and not differentiable(*weights):
+                table = self._kept.get(weights, lambda: self.op.dense())
             found = F.embedding(ids, self.op.dense() if table is None else table)
         if self.padding_idx is not None and found.requires_grad:
             found = torch.where((ids == self.padding_idx)[..., None], found.detach(), found)

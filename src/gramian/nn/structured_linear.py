@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.execution import Prepared
-from gramian.nn.structured import Factor, Structured, differentiable
+from gramian.nn.structured import Structured, differentiable
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
 
@@ -60,41 +60,32 @@ class StructuredLinear(Structured):
         layer.weight = layer.weight.to(dtype)  # factors with a dtype of their own (scales) do not speak for the layer
         return layer
 
-    def _plain(self, prefix: str = "") -> bool:
-        """Whether the children whose names start with `prefix` are as they were made: no adapter library has wrapped
-        one, and no hook waits for a call.
-        """
-        for name in self._shapes:
-            if name.startswith(prefix):
-                holder = self._holder(name)
-                kind = type(holder)
-                hooked = kind is nn.Linear and (holder._forward_pre_hooks or holder._forward_hooks)
-                if hooked or (kind is not nn.Linear and kind is not Factor):
-                    return False
-        return True
-
     def prepared(self) -> Prepared:
         """What runs without gradients: cached until a factor changes, made afresh where a change could not be seen
-        (factors made under ``torch.inference_mode``, or standing in for a function transform).
+        (factors made under ``torch.inference_mode``, or standing in for a function transform) or a factor is wrapped.
         """
-        return self._cached(self._make) or self._make()
+        return self._ready(self._weights())
+
+    def _ready(self, weights: list[Tensor] | None) -> Prepared:
+        return (None if weights is None else self._kept.get(weights, self._make)) or self._make()
 
     def _make(self) -> Prepared:
         return Prepared(self.op, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
-        if not self._plain():
+        weights, bias = self._weights(), self._parameters["bias"]
+        if weights is None:
             self._kept.clear()
             y = self._through_children(self._template, "", x)
         elif torch.compiler.is_compiling():
             y = self.op.apply(x)
-        elif differentiable(self, x):
+        elif differentiable(x, bias, *weights):
             self._kept.clear()
             y = self.op.apply(x)
         else:
-            return self.prepared()(x, self.bias)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            return self._ready(weights)(x, bias)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def columns(self, x: Tensor) -> Tensor:
         """The feature-major product: x (in, B) -> (out, B).
@@ -102,12 +93,13 @@ class StructuredLinear(Structured):
         Raises:
             GramianError: an adapter library has wrapped a factor; its layers are row-major.
         """
-        if not self._plain():
+        weights = self._weights()
+        if weights is None:
             raise GramianError("a feature-major product cannot run through wrapped factors; use forward()")
-        if torch.compiler.is_compiling() or differentiable(self, x):
+        if torch.compiler.is_compiling() or differentiable(x, self.bias, *weights):
             y = self.op.apply_columns(x)
         else:
-            y = self.prepared().columns(x)
+            y = self._ready(weights).columns(x)
         return y if self.bias is None else y + self.bias[:, None].to(y.dtype)
 
     def _through_children(self, op: Operator, prefix: str, x: Tensor) -> Tensor:
@@ -116,7 +108,7 @@ class StructuredLinear(Structured):
         Raises:
             GramianError: the structure has no such form.
         """
-        if self._plain(prefix):
+        if self._weights(prefix) is not None:
             return op.replace(**{name: self._factor(prefix + name) for name in op.factors()}).apply(x)
         if isinstance(op, Dense):
             return self._holder(prefix + "weight")(x)  # type: ignore[no-any-return]
