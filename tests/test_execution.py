@@ -181,7 +181,7 @@ def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fast
     monkeypatch.setattr("gramian.execution.forms.LITTLE", 10.0)
     asked: list[int] = []
 
-    def pretended_seconds(calls: list[Callable[[], object]], *, cold: bool) -> list[float]:
+    def pretended_seconds(calls: list[list[Callable[[], object]]]) -> list[float]:
         asked.append(len(calls))
         return [1.0 if form == fastest else 2.0 for form in (structured, cut, plain)]
 

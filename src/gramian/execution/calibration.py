@@ -76,32 +76,26 @@ def best_seconds(call: Callable[[], object], *, at_least: float = 0.0005, repeat
     return best
 
 
-EVICTED = 2**26
-"""Bytes to read so that nothing else stays in a processor's caches."""
-
-
-def in_turn(calls: Sequence[Callable[[], object]], *, cold: bool, rounds: int = 3) -> list[float]:
-    """Seconds of each call, the least of some rounds over all of them: the pace of a machine changes.
+def in_turn(calls: Sequence[Sequence[Callable[[], object]]], rounds: int = 3) -> list[float]:
+    """Seconds of a call of each kind, the least of some rounds over all kinds: the pace of a machine changes.
 
     Args:
-        calls: what to measure.
-        cold: every time after the caches were filled with something else. So a layer of few rows runs in a model, whose
-            next product of the same weights comes after all others.
+        calls: by kind: one call, which then finds in the caches what it used before; or calls of one kind on different
+            memory, made one after the other.
         rounds: how often.
     """
-    other = torch.ones(EVICTED // 4 if cold else 0)
 
-    def once(call: Callable[[], object]) -> float:
-        if not cold:
-            return best_seconds(call)
-        other.sum()
+    def once(alike: Sequence[Callable[[], object]]) -> float:
+        if len(alike) == 1:
+            return best_seconds(alike[0])
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        for call in alike:
+            call()
+        return (time.perf_counter() - start) / len(alike)
 
-    for call in calls:
-        call()
-    taken = [[once(call) for call in calls] for _ in range(rounds)]
+    for alike in calls:
+        alike[0]()
+    taken = [[once(alike) for alike in calls] for _ in range(rounds)]
     return [min(seconds) for seconds in zip(*taken, strict=True)]
 
 

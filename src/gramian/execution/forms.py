@@ -45,6 +45,10 @@ COLD_ROWS = 8
 COLD_BYTES = 2**18
 """where they are at least so many."""
 
+EVICTED = 2**26
+"""For that the weights are copied until they take so many bytes, more than a processor's caches hold: as in a model, whose
+next product of the same weights comes after all others."""
+
 FEW_ROWS = 64
 """Up to so many rows of x a product may run cut (``Form.cut``)."""
 
@@ -242,6 +246,12 @@ def _dense_by_operations(op: Operator) -> bool:
     return isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
 
 
+def _copies(op: Operator) -> list[Operator]:
+    """The operator and copies of it, in `EVICTED` bytes."""
+    again = range(1, EVICTED // op.nbytes)
+    return [op, *(op.replace(**{name: factor.clone() for name, factor in op.factors().items()}) for _ in again)]
+
+
 def _rows_of(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
@@ -302,9 +312,12 @@ class Prepared:
             return forms[0]
         some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
         apart = Prepared(self.op, self._dtype)  # so that what is only measured is not kept
+        cold = few and self.op.nbytes >= COLD_BYTES
         with torch.no_grad():
-            calls = [partial(form.kernel(apart._operator(form), self._dtype), some, None) for form in forms]
-            took = in_turn(calls, cold=few and self.op.nbytes >= COLD_BYTES)
+            running = [apart._operator(form) for form in forms]
+            alike = {runs: _copies(runs) if cold else [runs] for runs in dict.fromkeys(running)}
+            kernels = [[form.kernel(o, self._dtype) for o in alike[r]] for form, r in zip(forms, running, strict=True)]
+            took = in_turn([[partial(kernel, some, None) for kernel in each] for each in kernels])
         return forms[min(range(len(forms)), key=took.__getitem__)]
 
     def _operator(self, form: Form) -> Operator:

@@ -16,7 +16,7 @@ from gramian.ops.block_low_rank import joined
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
-GATHERED = 2**24
+GATHERED = 2**23
 """Bytes of activations that are gathered at once: allocators take much larger pieces from the system anew each time, and
 touching them for the first time costs more than the product."""
 
