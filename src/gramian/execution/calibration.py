@@ -229,36 +229,41 @@ def _passes() -> Passes:
     """Each kind of pass, over sizes that fit the caches and ones that do not, in pieces of several lengths."""
     out: Passes = {kind: [] for kind in ("copy", "index", "entrywise", "fourier", "view")}
     for side in (4, 64, 256, 512, 1024, 2048, 3072):
-        x = torch.randn(side, side)
-        nbytes = 2.0 * x.numel() * 4
+        alike = _alike(side, side)
+        nbytes = 8.0 * side**2
         # The largest is memory that an allocator takes from the system anew each time.
-        out["copy"].append((nbytes, 4096.0, 1, _in_turn(torch.clone, x)))
-        rows = torch.randperm(side)
-        out["index"].append((nbytes, 4096.0, 1, _in_turn(partial(torch.index_select, dim=0, index=rows), x)))
+        out["copy"].append((nbytes, 4096.0, 1, _alternating(torch.clone, alike)))
+        rows = partial(torch.index_select, dim=0, index=torch.randperm(side))
+        out["index"].append((nbytes, 4096.0, 1, _alternating(rows, alike)))
         if 16 <= side <= 2048:
-            out["fourier"].append((nbytes, 1.0, 1, _in_turn(torch.fft.rfft, x)))
+            out["fourier"].append((nbytes, 1.0, 1, _alternating(torch.fft.rfft, alike)))
             for width in (1, 4, 16, 64):
-                height, pieces = side // 16, side * 16 // width
-                blocks = x.reshape(-1)[: height * pieces * width].view(height, pieces, width)
-                turned = x.mT if width == 1 else blocks.transpose(0, 1)
-                out["copy"].append((8.0 * turned.numel(), 4.0 * width, 1, _in_turn(torch.Tensor.contiguous, turned)))
+                pieces = side * 16 // width
+                blocks = [x.view(side // 16, pieces, width) for x in alike]
+                turned = [x.mT for x in alike] if width == 1 else [x.transpose(0, 1) for x in blocks]
                 chosen = partial(torch.index_select, dim=1, index=torch.randperm(pieces))
-                out["index"].append((8.0 * blocks.numel(), 4.0 * width, 1, _in_turn(chosen, blocks)))
+                out["copy"].append((nbytes, 4.0 * width, 1, _alternating(torch.Tensor.contiguous, turned)))
+                out["index"].append((nbytes, 4.0 * width, 1, _alternating(chosen, blocks)))
     for side, batch, held in ((256, 16, 8), (512, 64, 32), (512, 256, 32), (1024, 512, 32)):
-        x, index = torch.randn(side, batch), torch.randint(side, (side * held,), dtype=torch.int32)
+        index = torch.randint(side, (side * held,), dtype=torch.int32)
         starts = torch.arange(0, side * held, held, dtype=torch.int32)
         product = partial(sparse_product, values=torch.randn(side * held), index=index, starts=starts)
-        out["entrywise"].append((x.numel() * 4.0, 1.0, held, _in_turn(product, x)))
+        out["entrywise"].append((4.0 * side * batch, 1.0, held, _alternating(product, _alike(side, batch))))
     out["view"] = [(1.0, 1.0, 1, partial(torch.randn(8, 8).view, 4, 16))]
     return out
 
 
-def _in_turn(function: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
-    """Calls with one of several tensors like x after the other: in a chain, what a pass reads was just written by another
-    core, or some time ago, and passes over the same tensor again and again look nearly twice as fast.
+def _alike(rows: int, columns: int) -> list[Tensor]:
+    """Tensors of one size that together take `AROUND` bytes, but not too many."""
+    return [torch.randn(rows, columns) for _ in range(max(1, min(32, AROUND // (4 * rows * columns))))]
+
+
+def _alternating(function: Callable[[Tensor], object], alike: Sequence[Tensor]) -> Callable[[], object]:
+    """Calls with one tensor after the other: in a chain, what a pass reads was just written by another core, or some time
+    ago, and passes over the same tensor again and again look nearly twice as fast.
     """
-    alike = cycle([x, *(x.clone() for _ in range(min(32, AROUND // (4 * x.numel())) - 1))])
-    return lambda: function(next(alike))
+    turn = cycle(alike)
+    return lambda: function(next(turn))
 
 
 @torch.inference_mode()

@@ -46,8 +46,8 @@ COLD_BYTES = 2**18
 """where they are at least so many."""
 
 EVICTED = 2**26
-"""For that the weights are copied until they take so many bytes, more than a processor's caches hold: as in a model, whose
-next product of the same weights comes after all others."""
+"""For that the weights, and the dense matrix, are copied until each takes so many bytes, more than a processor's caches hold:
+as in a model, whose next product of the same weights comes after all others. The copies go when the form is chosen."""
 
 FEW_ROWS = 64
 """Up to so many rows of x a product may run cut (``Form.cut``)."""
