@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations, cycle
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 from common import write
 from gramian.execution import CostModel, Prepared, calibrate, candidates, forget, predicted, save
 from gramian.execution.bench import bench, interleaved, peak_rate, peers, zoo
-from gramian.execution.calibration import Pace, best_seconds, random_product, time_product
+from gramian.execution.calibration import Pace, alternating, best_seconds, random_product, time_product
 from gramian.nn import FeatureMajor, StructuredLinear
 from gramian.ops import Blast, BlockLowRank, Dense, Operator, structure
 
@@ -90,8 +90,7 @@ def decode(n: int = 2048, held: float = 256e6) -> None:
         every = list(runs)
         for run in every:
             run()  # forms are chosen in the first call
-        turn = cycle(every)
-        return lambda: next(turn)()
+        return alternating(lambda run: run(), every)
 
     matrices = [torch.randn(n, n) for _ in range(round(held / (4 * n * n)))]
     calls = {"dense": in_turn(partial(F.linear, x, weight) for weight in matrices)}
@@ -224,7 +223,7 @@ def _model() -> dict[str, Any]:
     rows = [(label, said, seconds) for (label, said), seconds in zip(cases, took, strict=True)]
     plain, layers = rows[: len(products)], rows[len(products) :]
     bound = cost.roofline(torch.float32)
-    roofline = [abs(bound.seconds(p) / t - 1) for p, t in zip(products, took, strict=False)]
+    roofline = [("", bound.seconds(p), t) for p, (_, _, t) in zip(products, plain, strict=True)]
     # How much slower than in the calibration the machine was when these products ran.
     pace = statistics.median(t / p for _, p, t in plain)
     pairs = [(a, b) for a, b in combinations(layers, 2) if abs(a[2] - b[2]) > 0.15 * min(a[2], b[2])]
@@ -233,15 +232,11 @@ def _model() -> dict[str, Any]:
         "calibration_seconds": round(seconds, 1),
         "products_measured": {dtype: len(found) for dtype, found in cost.products.items()},
         "median_error_held_out": round(held_out(cost), 4),
-        "median_error_30_products": round(statistics.median(abs(p / t - 1) for _, p, t in plain), 4),
-        "median_error_30_products_at_their_pace": round(
-            statistics.median(abs(pace * p / t - 1) for _, p, t in plain), 4
-        ),
-        "median_error_roofline": round(statistics.median(roofline), 4),
-        "median_error_structured": round(statistics.median(abs(p / t - 1) for _, p, t in layers), 4),
-        "median_error_structured_at_their_pace": round(
-            statistics.median(abs(pace * p / t - 1) for _, p, t in layers), 4
-        ),
+        "median_error_30_products": median_error(plain),
+        "median_error_30_products_at_their_pace": median_error(plain, pace),
+        "median_error_roofline": median_error(roofline),
+        "median_error_structured": median_error(layers),
+        "median_error_structured_at_their_pace": median_error(layers, pace),
         "structured_cases": len(layers),
         "faster_of_two_right": round(right, 4),
         "pairs": len(pairs),
@@ -249,6 +244,11 @@ def _model() -> dict[str, Any]:
         "reference_moved": round(max(speeds) / min(speeds) - 1, 3),
         "worst": sorted(((round(p / t, 2), label) for label, p, t in layers), key=lambda w: abs(w[0] - 1))[-8:],
     }
+
+
+def median_error(rows: Sequence[tuple[str, float, float]], pace: float = 1.0) -> float:
+    """Of (label, predicted, measured), the predictions taken at another pace of the machine."""
+    return round(statistics.median(abs(pace * said / took - 1) for _, said, took in rows), 4)
 
 
 def held_out(cost: CostModel, folds: int = 10) -> float:

@@ -86,8 +86,6 @@ def test_work_sees_memory_traffic_and_strides() -> None:
 
 
 def work_of_strided() -> tuple[MatrixProduct | Pass, ...]:
-    from gramian.execution import trace
-
     weight = torch.empty(4, 8, 8, device="meta")
     return trace(lambda x: torch.bmm(x[:, :, ::2], weight), (4, 3, 16), FLOAT)
 
@@ -413,7 +411,6 @@ def test_constant_features_cannot_divide() -> None:
 
 def test_passes_know_how_much_lies_side_by_side() -> None:
     """Permuted copies and gathers of short pieces are slower than of long ones."""
-    from gramian.execution import trace
 
     def runs(call: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
         return [s.run for s in trace(call, (6, 4, 8), FLOAT) if isinstance(s, Pass) and s.name != "view"]

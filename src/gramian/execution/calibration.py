@@ -12,10 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from gramian.errors import GramianError
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import MatrixProduct
 from gramian.ops.sparse import sparse_product
+
+Held = TypeVar("Held")
 
 LARGEST_FLOPS = 2e9
 ROUNDS = 3
@@ -128,9 +131,8 @@ def time_product(product: MatrixProduct, device: str = "cpu") -> float:
         left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
         right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
         pairs.append((left[0], right[0]) if product.count == 1 else (left, right))
-    turn = cycle(pairs)
     with torch.inference_mode():
-        return best_seconds(lambda: multiply(*next(turn)), at_least=2e-4, repeats=5)
+        return best_seconds(alternating(lambda pair: multiply(*pair), pairs), at_least=2e-4, repeats=5)
 
 
 def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: str) -> Tensor:
@@ -155,7 +157,7 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
 
     r = random.Random(seed)
     pace, passes, penalties = Pace(), _passes(), [_strided_penalty()]
-    rounds = [_measured(passes, pace)]
+    _measure(passes, pace)
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
     for dtype, until in ((torch.bfloat16, 0.15), (torch.float32, 0.95)):
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
@@ -179,15 +181,12 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
             tell()
         usual = [pace.usual * statistics.geometric_mean(values) for values in seconds]
         products[str(dtype).removeprefix("torch.")] = list(zip(shapes, usual, strict=True))
-        rounds.append(_measured(passes, pace))
+        _measure(passes, pace)
         penalties.append(_strided_penalty())
-    rates = {
-        kind: [
-            (nbytes, run, pace.usual * statistics.geometric_mean(measured[kind][i] for measured in rounds))
-            for i, (nbytes, run, _, _) in enumerate(rows)
-        ]
-        for kind, rows in passes.items()
-    }
+    rates: dict[str, list[tuple[float, float, float]]] = {}
+    for each in passes:
+        took = pace.usual * statistics.geometric_mean(each.seconds)
+        rates.setdefault(each.kind, []).append((each.nbytes, each.run, took))
     model = CostModel(machine(), products, rates, statistics.geometric_mean(penalties))
     model.learn()
     return model
@@ -221,35 +220,45 @@ def _affordable(dtype: torch.dtype) -> float:
     return min(LARGEST_FLOPS, max(1e5, 2 * 128**3 / seconds * 0.02))
 
 
-Passes = dict[str, list[tuple[float, float, int, Callable[[], object]]]]
-"""By kind: (bytes, bytes side by side, how many passes a call makes, the call)."""
+@dataclass
+class _Measured:
+    """A kind of pass over so many bytes, so many of them side by side; `call` makes `count`. `seconds` are in units of the
+    reference product, one a round.
+    """
+
+    kind: str
+    nbytes: float
+    run: float
+    call: Callable[[], object]
+    count: int = 1
+    seconds: list[float] = field(default_factory=list)
 
 
-def _passes() -> Passes:
+def _passes() -> list[_Measured]:
     """Each kind of pass, over sizes that fit the caches and ones that do not, in pieces of several lengths."""
-    out: Passes = {kind: [] for kind in ("copy", "index", "entrywise", "fourier", "view")}
+    out = [_Measured("view", 1.0, 1.0, partial(torch.randn(8, 8).view, 4, 16))]
     for side in (4, 64, 256, 512, 1024, 2048, 3072):
         alike = _alike(side, side)
         nbytes = 8.0 * side**2
         # The largest is memory that an allocator takes from the system anew each time.
-        out["copy"].append((nbytes, 4096.0, 1, _alternating(torch.clone, alike)))
+        out.append(_Measured("copy", nbytes, 4096.0, alternating(torch.clone, alike)))
         rows = partial(torch.index_select, dim=0, index=torch.randperm(side))
-        out["index"].append((nbytes, 4096.0, 1, _alternating(rows, alike)))
+        out.append(_Measured("index", nbytes, 4096.0, alternating(rows, alike)))
         if 16 <= side <= 2048:
-            out["fourier"].append((nbytes, 1.0, 1, _alternating(torch.fft.rfft, alike)))
+            out.append(_Measured("fourier", nbytes, 1.0, alternating(torch.fft.rfft, alike)))
             for width in (1, 4, 16, 64):
                 pieces = side * 16 // width
                 blocks = [x.view(side // 16, pieces, width) for x in alike]
                 turned = [x.mT for x in alike] if width == 1 else [x.transpose(0, 1) for x in blocks]
                 chosen = partial(torch.index_select, dim=1, index=torch.randperm(pieces))
-                out["copy"].append((nbytes, 4.0 * width, 1, _alternating(torch.Tensor.contiguous, turned)))
-                out["index"].append((nbytes, 4.0 * width, 1, _alternating(chosen, blocks)))
+                out.append(_Measured("copy", nbytes, 4.0 * width, alternating(torch.Tensor.contiguous, turned)))
+                out.append(_Measured("index", nbytes, 4.0 * width, alternating(chosen, blocks)))
     for side, batch, held in ((256, 16, 8), (512, 64, 32), (512, 256, 32), (1024, 512, 32)):
         index = torch.randint(side, (side * held,), dtype=torch.int32)
         starts = torch.arange(0, side * held, held, dtype=torch.int32)
         product = partial(sparse_product, values=torch.randn(side * held), index=index, starts=starts)
-        out["entrywise"].append((4.0 * side * batch, 1.0, held, _alternating(product, _alike(side, batch))))
-    out["view"] = [(1.0, 1.0, 1, partial(torch.randn(8, 8).view, 4, 16))]
+        call = alternating(product, _alike(side, batch))
+        out.append(_Measured("entrywise", 4.0 * side * batch, 1.0, call, held))
     return out
 
 
@@ -258,20 +267,19 @@ def _alike(rows: int, columns: int) -> list[Tensor]:
     return [torch.randn(rows, columns) for _ in range(max(1, min(32, AROUND // (4 * rows * columns))))]
 
 
-def _alternating(function: Callable[[Tensor], object], alike: Sequence[Tensor]) -> Callable[[], object]:
-    """Calls with one tensor after the other: in a chain, what a pass reads was just written by another core, or some time
-    ago, and passes over the same tensor again and again look nearly twice as fast.
+def alternating(function: Callable[[Held], object], alike: Sequence[Held]) -> Callable[[], object]:
+    """Calls with one of several operands after the other: in a chain, what a product or pass reads was just written by another
+    core, or some time ago, and passes over the same tensor again and again look nearly twice as fast.
     """
     turn = cycle(alike)
     return lambda: function(next(turn))
 
 
 @torch.inference_mode()
-def _measured(passes: Passes, pace: Pace) -> dict[str, list[float]]:
-    """The time of each pass, in units of the reference product."""
-    return {
-        kind: [pace.relative(best_seconds(call) / count) for _, _, count, call in rows] for kind, rows in passes.items()
-    }
+def _measure(passes: Sequence[_Measured], pace: Pace) -> None:
+    """One more round."""
+    for each in passes:
+        each.seconds.append(pace.relative(best_seconds(each.call) / each.count))
 
 
 def _strided_penalty() -> float:

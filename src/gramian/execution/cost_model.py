@@ -7,7 +7,6 @@ it is only what trees correct, which learn from products measured on the user's 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -134,13 +133,10 @@ class CostModel:
         return total
 
     def _pass(self, step: Pass) -> float:
-        """Between the runs that were measured, linear in the logarithms."""
+        """Along bytes at every run that was measured, then along runs; beyond the longest as at the longest."""
         curves = self._curves[kind_of(step)]
-        runs = list(curves)
-        above = min(bisect_left(runs, step.run), len(runs) - 1)
-        below = max(above - 1, 0) if step.run < runs[above] else above
-        r0, r1 = runs[below], runs[above]
-        return _between(step.run, (r0, _along(curves[r0], step.nbytes)), (r1, _along(curves[r1], step.nbytes)))
+        points = [(run, _along(curve, step.nbytes)) for run, curve in curves.items()]
+        return _along(points, min(step.run, points[-1][0]))
 
     @cached_property
     def _curves(self) -> dict[str, dict[float, list[tuple[float, float]]]]:
@@ -202,17 +198,12 @@ def kind_of(step: Pass) -> str:
     return "copy"
 
 
-def _along(curve: Sequence[tuple[float, float]], nbytes: float) -> float:
-    """Seconds at so many bytes: linear between measured points in the logarithms, at the last rate beyond the largest."""
-    if nbytes <= curve[0][0]:
+def _along(curve: Sequence[tuple[float, float]], x: float) -> float:
+    """Seconds at x: linear between measured points in the logarithms, at the last rate beyond the largest."""
+    if x <= curve[0][0]:
         return curve[0][1]
-    for left, right in pairwise(curve):
-        if nbytes <= right[0]:
-            return _between(nbytes, left, right)
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x <= x1:
+            return float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
     last, seconds = curve[-1]
-    return seconds * nbytes / last
-
-
-def _between(x: float, left: tuple[float, float], right: tuple[float, float]) -> float:
-    (x0, y0), (x1, y1) = left, right
-    return y0 if x1 == x0 else float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
+    return seconds * x / last

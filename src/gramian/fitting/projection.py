@@ -93,13 +93,13 @@ def fit(
         size = {**size, "sweeps": cls.own_sweeps * sweeps}
     op = cls.fit(weight, gram_in=gram_in, gram_out=gram_out, **size)
     error = _error(weight, op, gram_in, gram_out)
-    closed = (
+    finished = (
         bool(cls.own_sweeps)
         or kind in CLOSED_FORM
         or (kind == "block_low_rank" and tuple(size.get("blocks", (1, 1))) == (1, 1))
     )
     weighted = gram_in is not None or gram_out is not None
-    if weighted and sweeps and not closed:
+    if weighted and sweeps and not finished:
         plain = cls.fit(weight, **size)
         plain_error = _error(weight, plain, gram_in, gram_out)
         if plain_error < error:

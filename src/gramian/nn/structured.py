@@ -123,7 +123,6 @@ class Structured(Keeping):
         self._config = op.config()
         self._template = from_config(self._config)  # on the meta device: structure without numbers
         self._shapes = {name: tuple(value.shape) for name, value in op.factors().items()}
-        self._paths = {name: name.split(".") for name in self._shapes}
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs; JSON-able."""
@@ -152,12 +151,10 @@ class Structured(Keeping):
         for attributes.
         """
         found = []
-        for name, path in self._paths.items():
+        for name in self._shapes:
             if not name.startswith(prefix):
                 continue
-            module: nn.Module = self
-            for part in path:
-                module = module._modules[part]  # type: ignore[assignment]
+            module = self._holder(name)
             kind = type(module)
             if kind is not Factor and (kind is not nn.Linear or module._forward_pre_hooks or module._forward_hooks):
                 return None
