@@ -167,7 +167,7 @@ def test_tables_and_the_same_bytes_again(
     out = tmp_path / "again"
     done = succeed(launch("compress", encoder_directory, "--data", data, "--out", out))
     # "Kept" twice: a person who asks for half of the layers does not get half a model.
-    found = re.search(r"Kept: ([\d.]+).% of the chosen layers, ([\d.]+).% of the whole model", done.out)
+    found = re.search(r"Kept: ([\d.]+).% of the chosen layers \(parameters\), ([\d.]+).% of the whole model", done.out)
     assert found is not None
     kept = first[1]["kept"]
     assert [float(x) for x in found.groups()] == pytest.approx([100 * kept["layers"], 100 * kept["model"]], abs=0.06)

@@ -14,7 +14,8 @@ import gramian
 from gramian.compression import Entry, Plan, build_entry, count, make_plan
 from gramian.errors import GramianError
 from gramian.grams import Grams
-from gramian.models.api import planning_layers
+from gramian.models.api import as_layer, planning_layers
+from gramian.models.entries import module_row
 from gramian.models.groups import find_groups
 from gramian.models.workload import agreement, all_features, text_workload
 from gramian.nn import StructuredLinear
@@ -69,6 +70,17 @@ def test_a_norm_between_layers_is_no_neuron_group() -> None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         found = find_groups(model, layers, lambda model=model, x=x: model(x), {n: n for n in layers})
         assert len(found) == expected
+
+
+def test_a_bottleneck_too_narrow_for_joint_sizes_is_planned_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 16), nn.ReLU(), nn.Linear(16, 512))
+    data = [torch.randn(64, 512)]
+    grams = gramian.collect(model, data)
+    assert [joint.kind for joint in grams.joints] == ["neurons"]
+    chosen = gramian.plan(model, grams, keep=0.5)
+    assert chosen.used <= chosen.budget
+    assert sorted(name for entry in chosen.entries for name in entry.layers) == ["0", "2"]
 
 
 @pytest.mark.parametrize(
@@ -259,3 +271,41 @@ def test_gradient_free_plan_is_uniform(encoder: nn.Module, tokenizer: object, te
         if len(entry.layers) > 1:
             assert entry.cost <= 0.5 * own
     assert plan.used <= plan.budget
+
+
+def test_bad_choices_are_met_before_any_work(encoder: nn.Module, tokenizer: object, texts: list[str]) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("the model ran")
+
+    encoder.register_forward_pre_hook(work)
+    for wrong, said in (
+        ({"keep": 5}, "keep 5"),
+        ({"structures": "lowrank"}, "lowrank"),
+        ({"heal_steps": -3}, "heal_steps -3"),
+        (
+            {"recipe": "depth", "exclude": ["encoder.layer.1.*"]},
+            "recipe depth acts on the model as a whole; leave out exclude",
+        ),
+        ({"grams": Grams(), "include": ["encoder.*"]}, "leave them out beside grams"),
+        ({"plan": Plan("params", 0.5, 1, [Entry(["nowhere"], "dense", {}, 1, 0.0)])}, "no layer 'nowhere'"),
+    ):
+        with pytest.raises(GramianError, match=said):
+            gramian.compress(encoder, texts[:8], tokenizer=tokenizer, **wrong)  # type: ignore[arg-type]
+
+
+def test_heads_are_left_alone_unless_named(encoder: nn.Module, tokenizer: object, texts: list[str]) -> None:
+    pooler = "pooler.dense"
+    assert pooler not in gramian.collect(encoder, texts[:8], tokenizer=tokenizer, objective="none")
+    both = [pooler, "encoder.layer.0.output.dense"]
+    grams = gramian.collect(encoder, texts[:8], tokenizer=tokenizer, include=both)
+    with pytest.raises(GramianError, match=f"layer {pooler}: no gradient reached it"):
+        gramian.plan(encoder, grams)
+
+
+def test_rows_of_a_shallower_model_follow_its_blocks(encoder: nn.Module, tokenizer: object, texts: list[str]) -> None:
+    small = gramian.compress(encoder, texts[:8], tokenizer=tokenizer, recipe="depth", keep=0.5)
+    name, kept = small.gramian_blocks
+    assert name == "encoder.layer"
+    for place in (0, 1):
+        layer = as_layer(f"{name}.{place}.output.dense", encoder.get_submodule(f"{name}.{place}.output.dense"))
+        assert module_row(layer, small)["structure"] == ("dense" if place in kept else "removed")

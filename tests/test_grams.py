@@ -220,3 +220,53 @@ def test_language_model_objective() -> None:
     assert set(grams) == {f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     assert grams["transformer.h.0.mlp.c_fc"].gradient.shape == (256, 256)
     assert [j.kind for j in grams.joints] == ["neurons"]  # Conv1D: found like any other
+
+
+class Changing(nn.Module):
+    """Writes to its input between two layers; batch statistics that stay in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        first = self.a(x)
+        return first + self.b(x.relu_())
+
+
+def test_autocast_does_not_narrow_the_sums() -> None:
+    x = 1 + 0.05 * torch.randn(4096, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        gram = Gram(6).update(x)
+    wanted = torch.cov(x.double().mT, correction=0)
+    assert float((gram.covariance() - wanted).norm() / wanted.norm()) < 1e-3
+    tower = Tower()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect_layers(
+            tower,
+            {"a": tower.a},
+            [x.view(512, 8, 6)],
+            run=lambda m, batch: m(batch),
+            objective=lambda m, batch, _: m(batch).sum(),
+        )["a"]
+    assert float((found.input.covariance() - wanted).norm() / wanted.norm()) < 1e-3
+    assert found.gradient is not None
+    assert torch.linalg.eigvalsh(found.gradient).min() > -1e-6 * found.gradient.trace()
+
+
+def test_an_input_written_to_in_between_is_another_input() -> None:
+    model = Changing().train()
+    model.norm.eval()
+    x = torch.randn(64, 6)
+    layers = {"a": model.a, "b": model.b}
+    grams = collect_layers(model, layers, [x], run=lambda m, batch: m(batch))
+    with torch.no_grad():
+        read = model.norm(x)
+    assert grams["b"].site == "b"
+    assert torch.allclose(grams["a"].input.moment().float(), read.mT @ read / 64, atol=1e-5)
+    assert torch.allclose(grams["b"].input.moment().float(), read.relu().mT @ read.relu() / 64, atol=1e-5)
+    assert model.training
+    assert model.a.training
+    assert not model.norm.training

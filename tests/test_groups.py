@@ -120,6 +120,17 @@ def test_what_each_family_allows_is_found_and_round_trips(family: str, tmp_path:
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen2"])
+def test_half_precision_finds_what_float32_finds_and_comes_back_bit_for_bit(family: str) -> None:
+    model = tiny(family).to(torch.bfloat16)
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    grams = gramian.collect(model, batches(1), exclude=heads(model), objective="none")
+    assert {joint.kind for joint in grams.joints} == FOUND[family]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0]
+        assert torch.equal(tensor, before[name][1])
+
+
 def collected(weight: Tensor, inputs: Tensor, gradient: Tensor | None) -> Layer:
     gram = Gram(weight.shape[1])
     gram.update(inputs)

@@ -110,6 +110,21 @@ def test_agreement_against_a_loop(trained: Any) -> None:
     assert same_model["same_token"] == 1
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_masked_models_have_no_perplexity_whatever_the_padding(tokenizer: Any, texts: list[str], side: str) -> None:
+    """Both kinds are told apart by a real token, also where the batch's first text is padded or too short."""
+    shape = {"vocab_size": 500, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(**shape, intermediate_size=32, initializer_range=0.3))
+    causal = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=32))
+    tokenizer.padding_side = side
+    data = text_workload(tokenizer, ["", "one", *texts[:6]], language_model=True)
+    assert not data.batches[0]["attention_mask"][:2].all()
+    assert math.isnan(language_agreement(masked, masked, data)["perplexity_before"])
+    data.batches = [{k: v for k, v in b.items() if k != "token_type_ids"} for b in data.batches]
+    assert math.isfinite(language_agreement(causal, causal, data)["perplexity_before"])
+
+
 def test_a_masked_language_model_has_no_perplexity() -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -219,6 +234,32 @@ def test_clone_is_an_ordinary_narrower_model(trained: Any, tmp_path: Path) -> No
     wider = clone(model, data, keep=0.92, heal_steps=1)
     assert wider.config.hidden_size == 88
     assert language_agreement(model, wider, unseen)["divergence"] < 0.75 * start["divergence"]
+
+
+def test_clone_leaves_the_random_state_and_the_mode() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        attention_dropout=0.5,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(0, 40, (2, 8))
+    data = Workload(
+        [{"input_ids": ids}],
+        lambda m, b: m(**b),
+        lambda m, b: m(**b).logits.flatten(1),
+        lambda b: None,
+        lambda m, b: [m(**b).logits.flatten(0, 1)],
+        logits=lambda m, b: m(**b).logits,
+    )
+    before = torch.get_rng_state()
+    made = [clone(model.train(mode), data, heal_steps=2) for mode in (True, False)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [[m.training for m in small.modules()] for small in made] == [
+        [mode] * len(list(model.modules())) for mode in (True, False)
+    ]
+    for name, p in made[0].named_parameters():
+        assert torch.equal(p, made[1].get_parameter(name)), name
 
 
 def test_clone_refuses_what_it_cannot_do() -> None:

@@ -303,3 +303,10 @@ print(float((solve(matrix, matrix) - torch.eye(384)).abs().max()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) == 0.0
+
+
+def test_rounding_of_a_narrow_dtype_is_no_direction() -> None:
+    basis = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    root, inverse = psd_root(basis @ basis.mT)
+    assert float(torch.trace(root @ inverse)) == pytest.approx(5, abs=1e-3)
+    assert psd_rank(basis @ basis.mT) == 5

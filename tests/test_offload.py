@@ -373,3 +373,22 @@ def test_skeletons_hold_no_values_and_take_them_for_a_while(llama: Path) -> None
         )
         assert model.model.layers[0].mlp.up_proj.weight.is_meta
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_result_that_is_an_ordinary_model_is_written_as_one(llama: Path, short: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = Settings(keep=0.6, structures="neurons", objective="none", include=("*.mlp.*",))
+    for out, offload in ((tmp_path / "whole", False), (tmp_path / "out", True)):
+        Job(str(llama), str(short), out, settings, offload=offload).run()
+    plain = Settings(keep=1.0, objective="none", include=("*.mlp.*",))
+    Job(str(llama), str(short), tmp_path / "same", plain, offload=True).run()
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    models = [
+        AutoModelForCausalLM.from_pretrained(p)
+        for p in (llama, tmp_path / "same", tmp_path / "whole", tmp_path / "out")
+    ]
+    with torch.no_grad():
+        first, same, whole, out = (model(ids).logits for model in models)
+    assert torch.allclose(first, same, atol=1e-5)
+    assert torch.allclose(whole, out, atol=1e-4)

@@ -47,7 +47,8 @@ from gramian.ops import (
     structure,
     trace,
 )
-from gramian.ops.quantized import DAMPING, _pack, _round_with_feedback, _scales, _unpack, grid_error, grid_levels
+from gramian.ops.bits import pack, unpack
+from gramian.ops.quantized import DAMPING, _round_with_feedback, _scales, grid_error, grid_levels
 
 SHAPES = ((96, 96), (48, 192), (100, 37), (1, 1), (5, 3), (3, 5))
 LAYOUTS = tuple(itertools.product((False, True), repeat=2))
@@ -478,13 +479,13 @@ def test_rotated_rounding_of_any_weight_has_the_error_of_its_grid(grid: str) -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 8), st.integers(0, 4), st.integers(1, 40), st.integers(0, 2**31))
+@given(st.integers(1, 8), st.integers(0, 4), st.integers(0, 40), st.integers(0, 2**31))
 def test_packing_round_trip(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    packed = _pack(codes, bits)
+    packed = pack(codes, bits)
     assert packed.shape == (rows, -(-columns * bits // 8))
     assert packed.dtype == torch.uint8
-    assert torch.equal(_unpack(packed, bits, columns), codes)
+    assert torch.equal(unpack(packed, bits, columns).long(), codes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -507,7 +508,7 @@ def test_quantized_recovers_members_that_use_the_whole_grid(bits: int, grid: str
     codes[:, ::8] = 0
     member = Quantized.fit(torch.zeros(6, 32), bits=bits, group=8, grid=grid, rotate=rotate)
     scales = torch.rand(6, 4, generator=generator).half() + 0.5
-    member = member.replace(codes=_pack(codes, bits), scales=scales).to(dtype=DOUBLE)
+    member = member.replace(codes=pack(codes, bits), scales=scales).to(dtype=DOUBLE)
     for matrix, tolerance in ((member.dense(), 1e-12), (member.dense().float(), 1e-5)):
         found = Quantized.fit(matrix, bits=bits, group=8, grid=grid, rotate=rotate)
         assert_close(found.to(dtype=DOUBLE).dense(), member.dense(), tolerance)

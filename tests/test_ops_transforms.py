@@ -22,6 +22,7 @@ from gramian.ops import (
     BlockLowRank,
     Circulant,
     Cosine,
+    Dense,
     Fourier,
     Hadamard,
     LowDisplacement,
@@ -31,6 +32,7 @@ from gramian.ops import (
     fourier_blocks,
     from_config,
     hadamard_blocks,
+    kron,
     pauli,
     pauli_entries,
     toeplitz,
@@ -425,3 +427,22 @@ def test_weights_of_strings_can_be_trained() -> None:
 def test_pauli_says_what_is_wrong(make: Callable[[], Any], said: str) -> None:
     with pytest.raises(GramianError, match=said):
         make()
+
+
+def test_what_is_made_of_complex_operators_is_complex() -> None:
+    y, z = pauli("Y"), pauli("Z")
+    full, other = (torch.from_numpy(_chain(letter)).to(torch.complex64) for letter in "YZ")
+    assert torch.equal((2 * y).dense(), 2 * full)
+    assert torch.equal((y + z).dense(), full + other)
+    assert torch.equal(kron(y, y).dense(), torch.kron(full, full))
+    assert (Dense(torch.eye(2)) + y).dtype == torch.complex64
+    made = from_config(y.config(), y.factors())
+    assert torch.equal(made.dense(), y.dense())
+    assert from_config(y.config(), dtype=torch.float32).dtype == torch.complex64
+
+
+def test_only_a_number_scales() -> None:
+    op = Dense(torch.ones(3, 3))
+    for wrong, said in ((torch.arange(3.0), "expected a number"), (op, "expected a number"), (1j, "a complex number")):
+        with pytest.raises(GramianError, match=said):
+            op * wrong

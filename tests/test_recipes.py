@@ -275,8 +275,11 @@ def test_every_weighting_and_allocation_is_used_or_reachable() -> None:
 # Rounding -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
 def test_the_grids_error_is_its_constant_on_every_layer_of_a_trained_encoder(bits: int) -> None:
+    """Within 2 %, or as near as the mean over so many exactly Gaussian entries is: of 384 x 384 entries and 8 bits, whose
+    errors lie mostly in the few outermost cells, its standard deviation is 1.3 %.
+    """
     from gramian.models.loading import load_model
 
     try:
@@ -286,11 +289,16 @@ def test_the_grids_error_is_its_constant_on_every_layer_of_a_trained_encoder(bit
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "encoder" in n]
     assert len(linears) == 36
     constant = grid_error("gaussian", bits, group=128)
+    points = torch.linspace(-1, 1, 100_001, dtype=torch.float64)[1:-1] * 128**0.5
+    density = (125 / 2 * torch.log1p(-points.square() / 128)).exp()
+    levels = grid_levels("gaussian", bits)
+    errors = (points - levels[torch.bucketize(points, (levels[1:] + levels[:-1]) / 2)]).square()
+    spread = float((density * (errors / constant - 1).square()).sum() / density.sum()) ** 0.5
     for linear in linears:
         weight = linear.weight.detach()
         rounded = Quantized.fit(weight, bits=bits, **RECIPES["higgs"].fixed).dense()
         error = float((weight - rounded).double().square().sum() / weight.double().square().sum())
-        assert error == pytest.approx(constant, rel=0.02)
+        assert error == pytest.approx(constant, rel=max(0.02, 3.5 * spread / weight.numel() ** 0.5))
 
 
 def test_sensitivities_are_those_of_a_linear_model() -> None:
@@ -350,6 +358,21 @@ def test_lrq_lowers_the_error_of_its_blocks_and_stores_codes_alone() -> None:
     assert errors[1] < 0.7 * errors[0]
     again = gramian.compress(model, work, recipe="lrq", keep=0.11, heal_steps=120)
     assert torch.equal(again[0].up.op.codes, small[0].up.op.codes)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "GPT2"])
+def test_lrq_runs_the_blocks_of_decoders_again_and_again(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {} if family == "GPT2" else {"intermediate_size": 96, "num_key_value_heads": 2}
+    end = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, family + end)(getattr(transformers, f"{family}Config")(**sizes, **more)).eval()
+    assert model.config.use_cache
+    work = tensor_workload([{"input_ids": torch.randint(0, 96, (4, 12))} for _ in range(2)])
+    small = gramian.compress(model, work, recipe="lrq", keep=0.3, heal_steps=2)
+    with torch.no_grad():
+        assert small(**work.batches[0]).logits.isfinite().all()
 
 
 def test_low_rank_plus_rounded_alternates_downwards() -> None:
@@ -442,6 +465,17 @@ class Words(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.table(ids).mean(1))
+
+
+def test_healing_keeps_frozen_models_frozen_and_bears_answers_beyond_half_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval().requires_grad_(False)
+    model[2].weight *= 1e6
+    work = tensor_workload(list(torch.randn(4, 32, 64)))
+    assert float(model(work.batches[0]).abs().max()) > 65504
+    small = gramian.compress(model, work, keep=0.5, structures="skeleton", heal_steps=3)
+    assert any(isinstance(module, StructuredLinear) for module in small)
+    assert not any(p.requires_grad for p in small.parameters())
 
 
 def test_embedding_recipe_factors_tables_by_frequency_and_nothing_else() -> None:

@@ -613,7 +613,8 @@ def test_the_closing_table_fits_and_always_says_kept_twice(report, width):
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     words = " ".join(text.split())
     kept = report["kept"]
-    assert f"Kept: {100 * kept['layers']:.1f} % of the chosen layers, {100 * kept['model']:.1f} % of the whole" in words
+    layers, model = (f"{100 * kept[which]:.1f} % of the" for which in ("layers", "model"))
+    assert f"Kept: {layers} chosen layers (parameters), {model} whole" in words
     for wanted in (
         f"{report['budget']['asked']:,}",
         ": met",

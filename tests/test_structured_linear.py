@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
-from gramian.nn import StructuredLinear, as_linear
+from gramian.nn import FeatureMajor, StructuredEmbedding, StructuredLinear, as_linear
 from gramian.ops import (
     BlockDiag,
     BlockLowRank,
@@ -334,6 +334,21 @@ def test_no_stale_cache(name: str, change: Callable[[StructuredLinear], None]) -
         with torch.no_grad():
             moved = not torch.equal(layer(x), before)
         assert moved or change is _buffers
+
+
+def test_feature_major_products_and_look_ups_see_an_uncounted_change_after_a_pass_with_gradients() -> None:
+    layer = StructuredLinear(_init(BlockLowRank, rank=7))
+    chain, table = FeatureMajor(layer), StructuredEmbedding(_init(KroneckerSum, terms=1))
+    ids = torch.arange(8)
+    for module, x in ((chain, normal(3, 12)), (table, ids)):
+        with torch.no_grad():
+            module(x)
+        module(x)
+        for parameter in module.parameters():
+            parameter.data.mul_(2)
+        with torch.no_grad():
+            dense = (layer if module is chain else table).op.dense()
+            assert torch.allclose(module(x), x @ dense.mT if module is chain else dense[x], atol=1e-5)
 
 
 def test_a_freed_address_is_not_mistaken_for_the_old_factor() -> None:

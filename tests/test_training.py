@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,66 @@ def test_identity_has_no_rates() -> None:
     layer = as_linear(Identity(4))
     assert isinstance(layer, StructuredLinear)
     assert rate_multipliers(layer) == {}
+
+
+def test_every_term_of_a_sum_is_scaled_alike() -> None:
+    for kind, size in (("low_rank_sparse", {"rank": 4, "nonzeros": 300}), ("low_rank_quantized", {"rank": 4})):
+        layer = structured(64, 64, kind, bias=False, generator=seeded(), **size)
+        before = layer.op.dense().detach().clone()
+        assert float(torch.linalg.matrix_norm(before, 2)) == pytest.approx(1, rel=1e-2)
+        spectral_(layer, 0.1)
+        assert torch.allclose(layer.op.dense(), 0.1 * before / float(torch.linalg.matrix_norm(before, 2)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("block_low_rank", {"rank": 4, "blocks": (4, 4), "strided_rows": True}),
+        ("block_low_rank", {"rank": 3, "blocks": (3, 3)}),
+        ("orthogonal", {}),
+        ("householder", {"reflectors": 2}),
+        ("low_rank_sparse", {"rank": 2, "nonzeros": 30}),
+        ("dictionary", {"atoms": 16, "nonzeros": 1}),
+    ],
+)
+def test_the_identity_keeps_the_layout_of_the_layer(kind: str, size: dict[str, Any]) -> None:
+    n = 9 if size.get("blocks") == (3, 3) else 16
+    layer = identity_(structured(n, n, kind, bias=False, generator=seeded(), **size))
+    x = torch.randn(5, n)
+    assert torch.allclose(layer(x), x, atol=1e-5)
+
+
+def test_what_a_structure_would_ignore_is_refused() -> None:
+    with pytest.raises(GramianError, match="unknown size 'ranks' .did you mean rank"):
+        structured(16, 16, "block_low_rank", ranks=8)
+    with pytest.raises(GramianError, match="square"):
+        structured(3, 5, "diagonal")
+
+
+def test_phases_change_a_shared_layer_at_all_its_names_and_nothing_else() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": shared, "frozen": nn.Linear(8, 8).requires_grad_(False)}).eval()
+    assert to_structured(model, "block_low_rank", rank=4) == ["a", "frozen"]
+    assert model["a"] is model["b"]
+    assert isinstance(model["b"], StructuredLinear)
+    assert not model["a"].training
+    assert all(p.requires_grad for p in model["a"].parameters())
+    assert not any(p.requires_grad for p in model["frozen"].parameters())
+    guide(model, 4)
+    assert model["a"] is model["b"]
+    assert isinstance(model["b"], SelfGuided)
+    unguide(model)
+    to_dense(model)
+    assert model["a"] is model["b"]
+    assert isinstance(model["b"], nn.Linear)
+    with pytest.raises(GramianError, match="the model itself"):
+        to_dense(structured(8, 8, "block_low_rank", rank=2))
+
+
+def test_attention_and_encoders_run_after_a_phase() -> None:
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    assert to_structured(encoder, "block_low_rank", rank=4) == ["linear1", "linear2"]
+    x = torch.randn(2, 3, 16)
+    encoder(x).sum().backward()
+    with torch.no_grad():
+        assert encoder.eval()(x).shape == x.shape

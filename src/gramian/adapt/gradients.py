@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gramian.adapt.layer import layer_shape
 from gramian.errors import GramianError
+from gramian.modes import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar."""
@@ -107,26 +108,23 @@ def _passes(
 
         return hook
 
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     batches = 0
     try:
-        model.eval()
         model.requires_grad_(False)
-        for batch in data:
-            batches += 1
-            with torch.enable_grad():
-                value = loss(model, batch)
-                if value.numel() != 1 or not bool(torch.isfinite(value.detach()).all()):
-                    raise GramianError(f"batch {batches}: loss {value.detach().tolist()}; expected a finite scalar")
-                if value.requires_grad:
-                    value.backward()  # type: ignore[no-untyped-call]
+        with evaluating(model):
+            for batch in data:
+                batches += 1
+                with torch.enable_grad():
+                    value = loss(model, batch)
+                    if value.numel() != 1 or not bool(torch.isfinite(value.detach()).all()):
+                        raise GramianError(f"batch {batches}: loss {value.detach().tolist()}; expected a finite scalar")
+                    if value.requires_grad:
+                        value.backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
         for p, want in wanted:
             p.requires_grad_(want)
     if not batches:

@@ -14,7 +14,8 @@ from gramian.adapt.combine import COMBINES
 from gramian.errors import GramianError
 from gramian.models.swap import linear_shape, linear_weight
 from gramian.models.walk import is_linear
-from gramian.nn.structured import Keeping, Structured, differentiable
+from gramian.modes import differentiable
+from gramian.nn.structured import Keeping, Structured
 from gramian.ops import BlockLowRank, Dense, Diagonal, Identity, Operator, Product, Sum
 
 Chain = tuple[tuple[bool, nn.Module], ...]

@@ -22,11 +22,12 @@ from gramian.models.loading import (
     check_directory,
     check_missing,
     check_shapes,
-    find_heads,
     read_model,
     read_tokenizer,
 )
+from gramian.models.walk import find_heads
 from gramian.models.workload import Workload, tensor_workload
+from gramian.modes import evaluating
 
 TASKS = ("lm", "classify")
 HELD_OUT = 256
@@ -195,12 +196,8 @@ def calibration(batches: Sequence[dict[str, Tensor]]) -> Workload:
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
     """Share of the labels that a classifier gets right, in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         right = [int((model(**batch).logits.argmax(-1) == batch["labels"]).sum()) for batch in batches]
-    finally:
-        model.train(training)
     return sum(right) / sum(len(batch["labels"]) for batch in batches)
 
 

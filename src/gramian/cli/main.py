@@ -69,16 +69,22 @@ def compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: st
     done is in OUT/report.html.
     """
     _quiet_threads()
-    _guard(lambda: _compress(model, out, dry_run, as_json, data, options), as_json)
+    source = click.get_current_context().get_parameter_source
+    said = [name for name in ("keep", "cost") if source(name) is click.core.ParameterSource.COMMANDLINE]
+    _guard(lambda: _compress(model, out, dry_run, as_json, data, options, said), as_json)
 
 
-def _compress(model: str | None, out: str, dry_run: bool, as_json: bool, data: str | None, options: Any) -> None:
+def _compress(
+    model: str | None, out: str, dry_run: bool, as_json: bool, data: str | None, options: Any, said: list[str]
+) -> None:
     import json
 
     from gramian.compression.recipes import resolve_recipe
     from gramian.models.job import Job, Settings
     from gramian.models.journal import finite
 
+    if options["plan"] and said:
+        raise GramianError(f"--plan holds its own budget; leave out --{said[0]} beside it")
     if options["cost"] is None:
         options["cost"] = resolve_recipe(options["recipe"]).costs[0]
     limits = {"offload": options.pop("offload"), "max_memory": _size(options.pop("max_memory"))}

@@ -84,6 +84,16 @@ def unfilled(out: int, in_: int, dtype: torch.dtype) -> Dense:
     return Dense(torch.empty(out, in_, dtype=dtype, device="meta"))
 
 
+def check_measurable(cost: str) -> None:
+    """Raise where `cost` cannot be counted on this machine.
+
+    Raises:
+        GramianError: latency without a calibration.
+    """
+    if cost == "latency":
+        nanoseconds(unfilled(1, 1, torch.float32))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A structure at a size.

@@ -178,6 +178,26 @@ def resolve_structures(names: Sequence[str] | str, cost: str) -> tuple[str, ...]
     return tuple(dict.fromkeys(name for name in out if name != "dense"))
 
 
+def default_allocation(comparable: Mapping[str, bool]) -> str:
+    """How a budget is divided among layers: "exact" where their errors compare, "uniform" where none do.
+
+    Args:
+        comparable: by layer name, whether its errors are in the unit of the loss (``Layer.comparable``).
+
+    Raises:
+        GramianError: some do and some do not.
+    """
+    if any(comparable.values()):
+        apart = [name for name, fits in comparable.items() if not fits]
+        if apart:
+            raise GramianError(
+                f"layer {apart[0]}: no gradient reached it, so nothing that was measured depends on it; leave it out with "
+                "exclude, or measure with an objective that it serves"
+            )
+        return "exact"
+    return "uniform"
+
+
 def check_keep(keep: float) -> float:
     """Raise unless 0 < keep <= 1.
 
@@ -229,7 +249,7 @@ def make_plan(
     methods = resolve_structures(structures, cost)
     layers = {name: layer.weighed(weighting) for name, layer in layers.items()}
     if allocation is None:
-        allocation = "exact" if all(layer.comparable for layer in layers.values()) else "uniform"
+        allocation = default_allocation({name: layer.comparable for name, layer in layers.items()})
     allocate = resolve_allocation(allocation)
     groups = _groups(layers, joints, methods)
     heads = {(joint.kind, *joint.layers): joint.heads for joint in joints}
@@ -246,6 +266,8 @@ def make_plan(
                 if progress is not None:
                     progress(index + 1)
         curves = made
+    # A layer of few neurons or a narrow head has no smaller joint size: such a branch is none.
+    groups = [group[:1] + [branch for branch in group[1:] if all(len(curves[i]) for i in branch)] for group in groups]
     names = [list(dict.fromkeys(name for item in group[0] for name in item[1:])) for group in groups]
     present = [sum(dense_cost(layers[name]).of(cost) for name in members) for members in names]
     budget = int(keep * sum(present))

@@ -80,19 +80,24 @@ class Recipe:
             raise GramianError(f"recipe {self.name} needs gradients: objective 'none'; expected auto, features or lm")
         return "none" if asked == "auto" and self.needs in ("nothing", "inputs") else asked
 
-    def check(self, cost: str | None, structures: Sequence[str] | str = "auto") -> str:
+    def check(self, cost: str | None, structures: Sequence[str] | str = "auto", **others: Any) -> str:
         """Raise on what the recipe cannot do.
 
         Args:
             cost: None for the recipe's default.
             structures: the user's own choice.
+            others: further choices by name; a recipe that makes the model as a whole has no use for any.
 
         Returns:
             The cost.
 
         Raises:
-            GramianError: a cost it does not lower, or structures named beside a recipe that brings its own.
+            GramianError: a cost it does not lower, structures named beside a recipe that brings its own, or a choice of layers
+                or of an objective for one that makes the model as a whole.
         """
+        given = [name for name, value in {"structures": structures, **others}.items() if value and value != "auto"]
+        if self.run and given:
+            raise GramianError(f"recipe {self.name} acts on the model as a whole; leave out {', '.join(given)}")
         if cost is not None and cost not in COSTS:
             raise GramianError(f"unknown cost {cost!r}{nearest(cost, COSTS)}; expected one of {', '.join(COSTS)}")
         if cost is not None and cost not in self.costs:

@@ -195,7 +195,7 @@ def bench(
         sizes: n of the square matrices.
         batches: rows of x.
         dtypes: of weights and activations.
-        names: only structures whose name holds one of these; all by default.
+        names: only structures whose name holds one of these, in upper or lower case; all by default.
         progress: called with (done, total).
     """
     memory = bandwidth()
@@ -203,7 +203,7 @@ def bench(
     out: list[Row] = []
     cases = [(n, dtype) for n in sizes for dtype in dtypes]
     for place, (n, dtype) in enumerate(cases):
-        chosen = {k: op for k, op in zoo(n).items() if not names or any(name in k for name in names)}
+        chosen = {k: op for k, op in zoo(n).items() if not names or any(name.lower() in k.lower() for name in names)}
         weight = (torch.randn(n, n) / n**0.5).to(dtype)
         for index, (name, plain) in enumerate(chosen.items()):
             op = plain.to(dtype=dtype)

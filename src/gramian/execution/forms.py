@@ -55,6 +55,9 @@ FEW_ROWS = 64
 PIECES = 8
 """Into so many a matrix is cut, or the next smaller number that divides its rows."""
 
+SHAPES = 256
+"""Of x, for which the kernel is known without counting rows: a microsecond a call."""
+
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
 
@@ -95,7 +98,7 @@ class Form:
 
 
 def _linear(weight: Tensor) -> Kernel:
-    return lambda x, bias: F.linear(x, weight, bias)
+    return lambda x, bias: F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
 def _cut(weight: Tensor) -> Kernel:
@@ -273,6 +276,7 @@ class Prepared:
         self.op = op
         self._dtype = dtype or op.dtype
         self._kernels: dict[int, Kernel] = {}
+        self._seen: dict[torch.Size, Kernel] = {}
         self._running: dict[tuple[bool, torch.dtype], Operator] = {}
 
     def form(self, batch: int) -> Form:
@@ -329,9 +333,17 @@ class Prepared:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x A^T + bias``: x (..., in) -> (..., out)."""
-        key = _power(_rows_of(x))
-        kernel = self._kernels.get(key)
+        kernel = self._seen.get(x.shape)
         if kernel is None:
-            form = self.settled(x)
-            kernel = self._kernels[key] = form.kernel(self._operator(form), self._dtype)
+            kernel = self._kernel(x)
         return kernel(x, bias)
+
+    def _kernel(self, x: Tensor) -> Kernel:
+        power = _power(_rows_of(x))
+        if power not in self._kernels:
+            form = self.settled(x)
+            self._kernels[power] = form.kernel(self._operator(form), self._dtype)
+        if len(self._seen) >= SHAPES:
+            self._seen.clear()
+        self._seen[x.shape] = self._kernels[power]
+        return self._kernels[power]

@@ -9,6 +9,7 @@ from gramian.linalg import weigh, weighted_error
 from gramian.ops import Operator
 
 
+@torch.inference_mode(False)
 def polish(
     op: Operator,
     weight: Tensor,
@@ -37,10 +38,10 @@ def polish(
     Returns:
         An operator of the same structure and dtype.
     """
-    w = weight.to(torch.float64)
-    g = None if gram_in is None else gram_in.to(w)
-    h = None if gram_out is None else gram_out.to(w)
-    start = op
+    # Copies: a tensor made under ``torch.inference_mode`` could not take part in differentiation.
+    w = weight.detach().to(torch.float64, copy=True)
+    g, h = (None if gram is None else gram.detach().to(w, copy=True) for gram in (gram_in, gram_out))
+    start, op = op, op.replace(**{name: value.detach().clone() for name, value in op.factors().items()})
     op = op.to(dtype=torch.float64)
     names = list(op.trainable())
     before = float(weighted_error(w - op.dense(), g, h))

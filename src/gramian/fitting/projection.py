@@ -13,6 +13,7 @@ from gramian.errors import GramianError
 from gramian.fitting.multilinear import polish
 from gramian.linalg import weighted_error
 from gramian.ops import Operator, structure
+from gramian.ops.operator import check_size
 
 CLOSED_FORM = frozenset(
     {
@@ -74,8 +75,14 @@ def fit(
         size: what the structure's ``sizes`` lists.
 
     Raises:
-        GramianError: unknown structure, NaN or Inf in the weight or a Gram, a complex weight, shapes that do not match.
+        GramianError: unknown structure or name of a size, NaN or Inf in the weight or a Gram, a weight that is no real
+            floating-point matrix, shapes that do not match.
     """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise GramianError(
+            f"weight: {weight.dtype} {tuple(weight.shape)}; expected a real floating-point matrix (out, in)"
+        )
+    weight = weight.detach()
     out, in_ = weight.shape
     for label, gram, length in (("gram_in", gram_in, in_), ("gram_out", gram_out, out)):
         if gram is not None and (gram.shape[0] != length or gram.shape[-1] != length):
@@ -84,11 +91,8 @@ def fit(
             raise GramianError(f"{label}: NaN or Inf")
     if not bool(weight.isfinite().all()):
         raise GramianError("weight: NaN or Inf")
-    if weight.is_complex():
-        raise GramianError(
-            f"weight: {weight.dtype}; expected real numbers, e.g. weight.real and weight.imag one by one"
-        )
     cls = structure(kind)
+    check_size(cls, size, (out, in_))
     if cls.own_sweeps:
         size = {**size, "sweeps": cls.own_sweeps * sweeps}
     op = cls.fit(weight, gram_in=gram_in, gram_out=gram_out, **size)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.grams.gram import Gram, shrink
+from gramian.modes import evaluating
 
 OUTPUT_DAMPING = 1e-2
 """Shrinkage of the output-gradient Gram: a few hundred sequences do not show every output direction."""
@@ -81,6 +82,16 @@ class EmbeddingGrams(LayerGrams):
         gradient: sum over real tokens of ``g g^T`` (width, width), g the gradient of the objective with respect to the
             embedding's output; None without a backward pass.
     """
+
+    def gram_in(self, centred: bool = True, damping: float = INPUT_DAMPING) -> Tensor:
+        """Not for an embedding, whose rows are weighed by ``frequencies``."""
+        raise GramianError("the inputs of an embedding are one-hot: ask for frequencies(), not gram_in()")
+
+    def gram_out(self, damping: float = OUTPUT_DAMPING) -> Tensor | None:
+        """Not for an embedding, whose rows share ``gram_gradient``."""
+        raise GramianError(
+            "an embedding has one Gram of gradients for all rows: ask for gram_gradient(), not gram_out()"
+        )
 
     def frequencies(self, unseen: float = UNSEEN) -> Tensor:
         """(rows,) expected look-ups of each row in a sequence.
@@ -233,7 +244,7 @@ def collect_layers(
     plus the activations of one batch.
 
     Args:
-        model: put in eval mode for the pass; its training flag is restored.
+        model: put in eval mode for the pass; the training flag of each of its modules is restored.
         layers: linear layers and embeddings of `model` by name.
         batches: whatever `run` understands.
         run: forward pass, used when there is no objective.
@@ -242,7 +253,7 @@ def collect_layers(
         seed: of the objective's random probes, which depend on it and on a batch's place alone.
         places: of these batches among all, where they are a share of more; 0, 1, ... by default.
         centres: means to centre the gradients' inputs by; by default those of the first batch.
-        progress: called with the number of sequences after each batch.
+        progress: called after each batch with the number of sequences so far (of batches, without an objective).
 
     Raises:
         GramianError: no data; NaN or Inf in a layer's input or gradient (the layer is named); a layer that never ran.
@@ -256,11 +267,9 @@ def collect_layers(
     handles += [module.register_forward_hook(state.looked_up(name)) for name, module in tables.items()]
     if objective is not None:
         handles += [module.register_forward_hook(state.after(name)) for name, module in linears.items()]
-    training = model.training
-    model.eval()
     seen = 0
     try:
-        with _frozen(model) if objective is not None else torch.no_grad():
+        with evaluating(model), _frozen(model) if objective is not None else torch.no_grad():
             for place, batch in zip(itertools.count() if places is None else places, batches, strict=False):
                 generator.manual_seed(seed * 104729 + place)
                 state.mask = mask(batch)
@@ -276,7 +285,6 @@ def collect_layers(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     if not seen:
         raise GramianError("no calibration data: the iterator of batches was empty")
     silent = [name for name in layers if name not in grams.layers]
@@ -308,7 +316,7 @@ class _Pass:
     ) -> None:
         self.layers, self.grams, self.backward, self.centres = layers, grams, backward, centres
         self.mask: Tensor | None = None
-        self.previous: tuple[Tensor, str] | None = None
+        self.previous: tuple[Tensor, int, str] | None = None
         self.inputs: dict[str, Tensor] = {}
         self.tables: set[str] = set()
         self.sequences = 0
@@ -317,9 +325,11 @@ class _Pass:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
             site = name
-            if self.previous is not None and self.previous[0] is x:
-                site = self.previous[1]
-            self.previous = (x, site)
+            # Written to in between, it is another input.
+            version = 0 if x.is_inference() else x._version
+            if self.previous is not None and self.previous[0] is x and self.previous[1] == version:
+                site = self.previous[2]
+            self.previous = (x, version, site)
             known = self.grams.layers.get(name)
             if known is None:
                 size = x.shape[-1]
@@ -381,7 +391,8 @@ class _Pass:
         g = gradient[real].float()
         if layer.gradient is None:
             layer.gradient = torch.zeros(g.shape[-1], g.shape[-1], dtype=torch.float64, device=g.device)
-        layer.gradient += g.mT @ g
+        with torch.autocast(g.device.type, enabled=False):
+            layer.gradient += g.mT @ g
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(n, d): the real tokens of x (..., d)."""
@@ -420,6 +431,11 @@ class _Pass:
 
 def _outer(g: Tensor, x: Tensor) -> Tensor:
     """Sum over sequences of ``D D^T`` (m, m) for ``D = g^T x``; g (B, T, m), x (B, T, n). Takes the cheaper bracketing."""
+    with torch.autocast(g.device.type, enabled=False):
+        return _outer_in_full(g, x)
+
+
+def _outer_in_full(g: Tensor, x: Tensor) -> Tensor:
     (b, t, m), n = g.shape, x.shape[-1]
     if t * (n + m) + m * m < m * n + m * m * n / t:
         inner = (x @ x.mT) @ g  # (B, T, m)

@@ -15,7 +15,7 @@ class Gram:
     """Sum of ``x x^T`` over samples, with their sum and count.
 
     Products are taken in float32 (or the input's own precision if wider) and added up in float64, whatever the
-    input's dtype. Sums are additive: shards, batches and ranks merge to the result of one pass.
+    input's dtype, under autocast too. Sums are additive: shards, batches and ranks merge to the result of one pass.
 
     Args:
         size: d.
@@ -60,8 +60,9 @@ class Gram:
         x = x.detach()
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
-        weighted = x if weight is None else x * weight.to(x)[:, None]
-        second = weighted.mT @ x if self.second.dim() == 2 else (weighted * x).sum(0)
+        with torch.autocast(x.device.type, enabled=False):
+            weighted = x if weight is None else x * weight.to(x)[:, None]
+            second = weighted.mT @ x if self.second.dim() == 2 else (weighted * x).sum(0)
         self.add(second, weighted.sum(0, dtype=torch.float64), len(x) if weight is None else float(weight.sum()))
         return self
 
@@ -133,7 +134,7 @@ class Gram:
         return psd_root(self.moment())[1]
 
     def state(self) -> dict[str, Tensor]:
-        """Plain tensors for a file; ``from_state`` reads them back."""
+        """Plain tensors for a file, for ``from_state`` to read back; the live sums, so write them before the next update."""
         return {
             "second": self.second,
             "first": self.first,

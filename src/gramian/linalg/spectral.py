@@ -14,6 +14,11 @@ RCOND = 1e-12
 """Relative eigenvalue threshold below which a direction counts as unseen (float64)."""
 
 
+def _threshold(eigenvalues: Tensor, rcond: float) -> float:
+    """`rcond`, or what rounding alone makes of zero in the dtype of the n eigenvalues where that is more."""
+    return max(rcond, len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps)
+
+
 def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mH) / 2
 
@@ -94,7 +99,7 @@ def psd_root(matrix: Tensor, rcond: float = RCOND) -> tuple[Tensor, Tensor]:
         seen = matrix > rcond * matrix.max().clamp_min(0)
         return root, torch.where(seen, 1 / root.where(seen, torch.ones_like(root)), torch.zeros_like(root))
     values, vectors = eigh(matrix)
-    root, inverse = psd_root(values, rcond)
+    root, inverse = psd_root(values, _threshold(values, rcond))
     return (vectors * root) @ vectors.mT, (vectors * inverse) @ vectors.mT
 
 
@@ -110,7 +115,7 @@ def psd_solve(matrix: Tensor, right: Tensor, rcond: float = RCOND) -> Tensor:
         if bool(diagonal.min() ** 2 > 1e-9 * diagonal.max() ** 2):
             return torch.cholesky_solve(right, factor)
     values, vectors = eigh(matrix)
-    seen = values > rcond * values[0].clamp_min(0)
+    seen = values > _threshold(values, rcond) * values[0].clamp_min(0)
     inverse = torch.where(seen, 1 / values.where(seen, torch.ones_like(values)), torch.zeros_like(values))
     return vectors @ (inverse[:, None] * (vectors.mT @ right))
 
@@ -133,6 +138,8 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def psd_rank(matrix: Tensor, rcond: float = 1e-10) -> int:
-    """Numerical rank of a positive semi-definite matrix (n, n) or diagonal (n,)."""
-    values = matrix if matrix.dim() == 1 else eigvalsh(matrix)
-    return int((values > rcond * values.max().clamp_min(0)).sum())
+    """How many eigenvalues of a positive semi-definite matrix (n, n), or diagonal (n,), are above `rcond` times the largest."""
+    if matrix.dim() == 1:
+        return int((matrix > rcond * matrix.max().clamp_min(0)).sum())
+    values = eigvalsh(matrix)
+    return psd_rank(values, _threshold(values, rcond))

@@ -20,14 +20,26 @@ from gramian.compression import (
     make_plan,
     plan_recipe,
     resolve_recipe,
+    resolve_structures,
 )
+from gramian.compression.options import check_measurable
+from gramian.compression.plan import check_keep
+from gramian.compression.plan_checks import check_groups, check_plan, check_sizes
 from gramian.errors import GramianError
 from gramian.grams import Grams, Joint, LayerGrams, collect_layers
 from gramian.models.groups import find_groups
 from gramian.models.heal import Healing, heal
 from gramian.models.swap import replace_embedding, replace_linear
-from gramian.models.walk import bias_of, check_finite, find_layers, weight_of
-from gramian.models.workload import Workload, first_tensor, tensor_workload, text_workload
+from gramian.models.walk import Found, bias_of, check_finite, find_heads, find_layers, weight_of
+from gramian.models.workload import (
+    Workload,
+    first_tensor,
+    is_classifier,
+    longest_text,
+    takes_padding,
+    tensor_workload,
+    text_workload,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 Progress = Callable[[str, int, int], None]
@@ -43,19 +55,30 @@ def as_workload(model: nn.Module, data: Any, tokenizer: Any = None) -> Workload:
         tokenizer: of a Hugging Face model.
 
     Raises:
-        GramianError: no data, or text without a tokenizer.
+        GramianError: no data, one text or batch where a list is due, or text without a tokenizer.
     """
     if isinstance(data, Workload):
         return data
     if isinstance(data, str | bytes):
         raise GramianError("calibration data: found one string; expected a list of texts")
+    if isinstance(data, Tensor | Mapping):
+        raise GramianError(
+            f"calibration data: found one {type(data).__name__}; expected a list of batches, e.g. [batch]"
+        )
     items = list(data)
     if not items:
         raise GramianError("calibration data is empty")
     if isinstance(items[0], str):
         if tokenizer is None:
             raise GramianError("calibration data is text: pass the model's tokenizer as tokenizer=...")
-        return text_workload(tokenizer, items, language_model=is_language_model(model))
+        return text_workload(
+            tokenizer,
+            items,
+            batch_size=32 if takes_padding(model) else 1,
+            longest=longest_text(model),
+            language_model=is_language_model(model),
+            classifier=is_classifier(model),
+        )
     return tensor_workload(items)
 
 
@@ -87,7 +110,8 @@ def collect(
         objective: "features" (random probes of the output), "lm" (labels sampled from the model), "none" (no backward
             pass), or "auto".
         tokenizer: for texts.
-        include: shell-style patterns of layer names; () for all.
+        include: shell-style patterns of layer names; () for all, but for the heads of a model of transformers: linear layers
+            outside its repeated blocks (poolers, classifiers, output layers).
         exclude: patterns to leave out; they win.
         embeddings: also embeddings of many rows (words; not positions) that no other layer shares; a plan made from the
             result then chooses a structure for them too.
@@ -100,7 +124,7 @@ def collect(
         GramianError: bad data, NaN or Inf in weights or activations (the layer is named), unknown patterns.
     """
     work = as_workload(model, data, tokenizer)
-    found = find_layers(model, include=include, exclude=exclude, embeddings=embeddings)
+    found = _chosen(model, include, exclude, embeddings)
     check_finite({**found.layers, **found.embeddings})
     sizes = work.sizes()
     done = iter(_running_sum(sizes))
@@ -116,7 +140,7 @@ def collect(
         centres=centres,
         progress=None if progress is None else lambda _: progress("collect", next(done), sum(sizes)),
     )
-    small = work.head(2)
+    small = work.sample(2)
     grams.joints = find_groups(
         model,
         found.layers,
@@ -124,6 +148,11 @@ def collect(
         {name: layer.site for name, layer in grams.layers.items()},
     )
     return grams
+
+
+def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str], embeddings: bool = False) -> Found:
+    heads = find_heads(model) if not include and hasattr(model, "base_model_prefix") else ()
+    return find_layers(model, include=include, exclude=(*exclude, *heads), embeddings=embeddings)
 
 
 def _running_sum(sizes: Sequence[int]) -> Iterator[int]:
@@ -183,24 +212,6 @@ def plan(
         structures=structures,
         progress=None if progress is None else lambda done: progress("plan", min(done, count), count),
     )
-
-
-def check_plan(chosen: Plan, layers: Mapping[str, Layer]) -> None:
-    """Raise unless every entry names known layers and none twice; layers that no entry names stay as they are.
-
-    Raises:
-        GramianError: which name, and the nearest ones.
-    """
-    from gramian.errors import nearest
-
-    seen: set[str] = set()
-    for entry in chosen.entries:
-        for name in entry.layers:
-            if name not in layers:
-                raise GramianError(f"plan: no layer {name!r}{nearest(name, layers)}")
-            if name in seen:
-                raise GramianError(f"plan: layer {name} is in two entries; expected one")
-            seen.add(name)
 
 
 def build_all(chosen: Plan, layers: Mapping[str, Layer], threads: int = 2) -> Iterator[tuple[int, Entry, Built]]:
@@ -271,9 +282,20 @@ def compress(
     if isinstance(data, Plan):  # gramian.compress(model, plan, grams=grams)
         data, plan = None, data
     chosen = resolve_recipe(recipe)
+    check_keep(keep)
+    if heal_steps < 0:
+        raise GramianError(f"heal_steps {heal_steps}: expected 0 or more")
+    if grams is not None and (include or exclude or embeddings):
+        raise GramianError("include, exclude and embeddings choose what is collected; leave them out beside grams=...")
     if plan is None:
-        cost = chosen.check(cost, structures)
+        choices = {"include": include, "exclude": exclude, "embeddings": embeddings, "objective": objective}
+        cost = chosen.check(cost, structures, **choices)
+        resolve_structures(chosen.options(structures)["structures"], cost)
+        check_measurable(cost)
         objective = chosen.objective(objective)
+    elif grams is None:  # as far as it can be told before the long work
+        modules = _chosen(model, include, exclude, embeddings)
+        check_sizes(plan, {n: as_layer(n, m) for n, m in (*modules.embeddings.items(), *modules.layers.items())})
     work = None if data is None else as_workload(model, data, tokenizer)
     if chosen.run and plan is None:
         made: Module = called(chosen.run)(
@@ -285,14 +307,16 @@ def compress(
     if grams is not None:
         layers, joints = planning_layers(model, grams), grams.joints
     elif chosen.needs == "nothing" and plan is None:
-        found = find_layers(model, include=include, exclude=exclude)
+        found = _chosen(model, include, exclude)
         check_finite(found.layers)
         layers = {name: as_layer(name, module) for name, module in found.layers.items()}
     else:
         if only == "embeddings":
-            include = list(find_layers(model, include=include, exclude=exclude, embeddings=True).embeddings)
+            include = list(_chosen(model, include, exclude, True).embeddings)
             if not include:
-                raise GramianError(f"recipe {recipe} is for embeddings of words; this model has none to factor")
+                raise GramianError(
+                    f"recipe {recipe} is for embeddings of words; this model has none to factor (tied ones cannot be)"
+                )
         grams = collect(
             model,
             needed(work),
@@ -304,7 +328,10 @@ def compress(
             progress=progress,
         )
         layers, joints = planning_layers(model, grams), grams.joints
-    if plan is None:
+    if plan is not None:
+        check_sizes(plan, layers)
+        check_groups(plan, joints)
+    else:
         noise = sensitivities(chosen, model, work, layers, seed=seed, progress=progress)
         plan = plan_recipe(chosen, layers, joints, keep=keep, cost=cost, structures=structures, sensitivity=noise)
         heal_steps = heal_steps or chosen.steps

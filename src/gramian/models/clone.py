@@ -24,6 +24,7 @@ from gramian.linalg import eigh
 from gramian.models.api import Progress
 from gramian.models.walk import is_linear
 from gramian.models.workload import Workload, divergence, first_tensor
+from gramian.modes import evaluating
 
 Module = TypeVar("Module", bound=nn.Module)
 STATES = 1.0
@@ -83,10 +84,14 @@ def clone(
         if side:
             value = gain * weights[name].mean().expand(narrow) if name in norms else start
             trained[name] = nn.Parameter(value.to(weights[name], copy=True))
-    _train(student, model, workload, weights, sides, norms, trained, heal_steps or STEPS, seed, progress)
+    with evaluating(model):
+        _train(student, model, workload, weights, sides, norms, trained, heal_steps or STEPS, seed, progress)
     with torch.no_grad():
         for name, value in _projected(weights, sides, norms, trained).items():
             student.get_parameter(name).copy_(value)
+    training = {name: module.training for name, module in model.named_modules()}
+    for name, module in student.named_modules():
+        module.training = training.get(name, model.training)
     return student
 
 
@@ -104,7 +109,8 @@ def _student(model: Module, wide: int, narrow: int) -> tuple[Module, dict[str, t
             f"recipe low-rank-clone: heads of {kind} have no width of their own (head_dim in its config), so they would "
             "narrow with the hidden size; take recipe modegpt"
         )
-    student: Module = type(model)(config)
+    with torch.random.fork_rng(devices=[]):  # a constructor draws values, all of which are replaced
+        student: Module = type(model)(config)
     student.to(next(model.parameters()).dtype).eval()
     sides: dict[str, tuple[int, ...]] = {}
     old = dict(model.named_parameters())

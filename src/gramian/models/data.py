@@ -67,12 +67,17 @@ class Corpus:
     Attributes:
         source: where they come from, for the report.
         calibration: what Grams and healing may see.
-        held_out: what only the measuring may see.
+        held_out: what only the measuring may see; the same as `calibration` where the source holds too little for both.
     """
 
     source: str
     calibration: list[str]
     held_out: list[str]
+
+    @property
+    def held_out_is_calibration(self) -> bool:
+        """Whether the measuring sees no text of its own."""
+        return set(self.held_out) <= set(self.calibration)
 
     @property
     def fingerprint(self) -> str:
@@ -143,6 +148,8 @@ def read_text(path: Path) -> str:
 
 def read_corpus(path: str | Path) -> Corpus:
     """A user's text file: paragraphs (separated by blank lines) if it has any, else lines; every tenth is held out.
+
+    Of fewer than ten, all serve for both: ``Corpus.held_out_is_calibration``.
 
     Raises:
         GramianError: the file is missing, binary, or holds no text.

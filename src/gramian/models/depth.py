@@ -23,6 +23,7 @@ from gramian.models.heal import Healing, heal
 from gramian.models.sensitivity import Distance
 from gramian.models.walk import is_linear
 from gramian.models.workload import Workload, first_tensor
+from gramian.modes import evaluating
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,6 +52,9 @@ def depth(
         seed: of healing.
         progress: called with ("depth", blocks tried, blocks to try).
 
+    Returns:
+        The copy; its attribute ``gramian_blocks`` holds the name of the list and the places that its blocks had.
+
     Raises:
         GramianError: there are no repeated blocks, or not even one fits.
     """
@@ -61,10 +65,8 @@ def depth(
         raise GramianError(
             f"keep {keep:g} is less than one of {len(blocks)} blocks; expected at least {1 / len(blocks):.3g}"
         )
-    training = model.training
-    model.eval()
     tried = 0
-    try:
+    with evaluating(model):
         distance = Distance(model, workload)
         while sum(sizes[i] for i in kept) > keep * sum(sizes):
             harm = {}
@@ -76,10 +78,9 @@ def depth(
                 if progress is not None:
                     progress("depth", tried, sum(range(len(kept), len(blocks) + 1)))
             kept.remove(min(harm, key=harm.__getitem__))
-    finally:
-        model.train(training)
     small = copy.deepcopy(model)
     _set(small, name, kept)
+    small.gramian_blocks = (name, tuple(kept))  # type: ignore[assignment]
     if heal_steps:
         layers = [f"{name}.{n}" for n, m in small.get_submodule(name).named_modules() if is_linear(m)]
         # Hidden states between blocks have no counterpart.
@@ -161,14 +162,12 @@ def block_influence(
         return seen
 
     handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    training = model.training
-    model.eval()
     try:
-        for batch in workload.parts(min(16, sequences))[: max(1, sequences // 16)]:
-            mask = workload.mask(batch)
-            workload.run(model, batch)
+        with evaluating(model):
+            for batch in workload.parts(min(16, sequences))[: max(1, sequences // 16)]:
+                mask = workload.mask(batch)
+                workload.run(model, batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     influence = (1 - sums[:, 0] / sums[:, 1]).tolist()

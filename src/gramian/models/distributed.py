@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gramian.compression import Built, Layer, Plan, build_entry
 from gramian.compression.allocation import Priced
-from gramian.compression.plan import Entry, ItemKey, plan_items, priced_curve, shares_tried
+from gramian.compression.plan import Entry, ItemKey, default_allocation, plan_items, priced_curve, shares_tried
 from gramian.errors import GramianError
 from gramian.grams import Gram, Grams, Joint, collect_layers
 from gramian.models.api import Progress
@@ -291,7 +291,8 @@ def curves(
     """
     items = plan_items(layers, joints, methods)
     heads = {(joint.kind, *joint.layers): joint.heads for joint in joints}
-    keeps = shares_tried("exact" if all(layer.comparable for layer in layers.values()) else "uniform", keep, cost)
+    allocation = default_allocation({name: layer.comparable for name, layer in layers.items()})
+    keeps = shares_tried(allocation, keep, cost)
     mine = [priced_curve(layers, item, methods, cost, heads.get(item, 0), keeps) for item in here.share(items)]
     parts = [json.loads(part) for part in here.gather(json.dumps(mine).encode(), "planning")]
     return {

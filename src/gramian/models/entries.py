@@ -117,7 +117,7 @@ def module_row(layer: Layer, small: nn.Module) -> dict[str, Any]:
         layer: of the original.
         small: the smaller model.
     """
-    present = dict(small.named_modules()).get(layer.name)
+    present = dict(small.named_modules()).get(_place(layer.name, small) or "?")
     weight = None if present is None else weight_of(present)
     before, after = layer.weight.numel(), 0 if weight is None else weight.numel()
     size = layer.weight.element_size()
@@ -134,6 +134,15 @@ def module_row(layer: Layer, small: nn.Module) -> dict[str, Any]:
         "joint": [],
         "tokens": 0,
     }
+
+
+def _place(name: str, small: nn.Module) -> str | None:
+    """Where a layer of the original is in a model that may have lost blocks; None for one of those."""
+    blocks, kept = getattr(small, "gramian_blocks", ("", ()))
+    if not blocks or not name.startswith(f"{blocks}."):
+        return name
+    number, _, rest = name.removeprefix(f"{blocks}.").partition(".")
+    return f"{blocks}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
 
 
 def parameters(model: nn.Module) -> int:

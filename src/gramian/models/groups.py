@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian.errors import GramianError
 from gramian.grams import Joint
 from gramian.linalg import polar
-from gramian.models.walk import bias_of, weight_of
+from gramian.models import walk
+from gramian.models.blocks import find_blocks
+from gramian.modes import evaluating
+from gramian.nn.structured import Structured
 
 HEAD_ATTRIBUTES = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+HALF = (torch.float16, torch.bfloat16)
+CLOSE = 1e-3
+"""Most that two proofs' outputs may differ, as a share of a change that must show. On random models exact options differ by
+less than 1e-5 in float32, others by more than 1e-1; a deep model's rounding, and small changes, need the room between."""
 
 
 def find_groups(
@@ -29,23 +37,21 @@ def find_groups(
 ) -> list[Joint]:
     """The joint options of `layers`.
 
+    A model in half precision is tried in float32: its rounding is larger than what tells equal from nearly equal.
+
     Args:
         model: in the state it will be compressed in; left exactly as found.
         layers: linear layers by name.
-        forward: runs `model` on a small batch and returns its output.
+        forward: runs `model` on a small batch and returns its output. One token a sequence tells nothing of attention
+            (``Workload.telling``).
         sites: layer name -> name of the first layer that reads the same input (``LayerGrams.site``).
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            order = _call_order(layers, forward)
-            reference = forward()
-            found = _neurons(model, layers, order, sites, forward)
-            used = {name for joint in found for name in joint.layers}
-            found += _attention(model, layers, order, sites, forward, reference, used)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), _widened(model, forward):
+        order = _call_order(layers, forward)
+        reference = forward()
+        found = _neurons(model, layers, order, sites, forward)
+        used = {name for joint in found for name in joint.layers}
+        found += _attention(model, layers, order, sites, forward, reference, used)
     return found
 
 
@@ -70,8 +76,8 @@ def _neurons(
     found: list[Joint] = []
     taken: set[str] = set()
     for position, down in enumerate(order):
-        width = weight_of(layers[down]).shape[1]
-        before = [n for n in order[max(0, position - 2) : position] if weight_of(layers[n]).shape[0] == width]
+        width = walk.weight_of(layers[down]).shape[1]
+        before = [n for n in order[max(0, position - 2) : position] if walk.weight_of(layers[n]).shape[0] == width]
         if not before or down in taken:
             continue
         last = before[-1]
@@ -93,18 +99,18 @@ def _slices(
     forward: Callable[[], Tensor],
 ) -> bool:
     """Whether removing half of the neurons equals zeroing the columns that read them."""
-    width = weight_of(layers[down]).shape[1]
+    width = walk.weight_of(layers[down]).shape[1]
     generator = torch.Generator().manual_seed(0)
     kept = torch.randperm(width, generator=generator)[: max(1, width // 2)].sort().values
-    zeroed = torch.zeros_like(weight_of(layers[down]))
-    zeroed[:, kept] = weight_of(layers[down])[:, kept]
+    zeroed = torch.zeros_like(_weight(layers[down]))
+    zeroed[:, kept] = _weight(layers[down])[:, kept]
     reference = forward()
-    with _swapped(model, {down: _linear(zeroed, bias_of(layers[down]))}):
+    with _swapped(model, {down: _linear(zeroed, _bias(layers[down]))}):
         expected = forward()
-    sliced = {down: _linear(weight_of(layers[down])[:, kept], bias_of(layers[down]))}
+    sliced = {down: _linear(_weight(layers[down])[:, kept], _bias(layers[down]))}
     for up in ups:
-        bias = bias_of(layers[up])
-        sliced[up] = _linear(weight_of(layers[up])[kept], None if bias is None else bias[kept])
+        bias = _bias(layers[up])
+        sliced[up] = _linear(_weight(layers[up])[kept], None if bias is None else bias[kept])
     with _swapped(model, sliced):
         try:
             actual = forward()
@@ -155,7 +161,7 @@ def _fits(layers: Mapping[str, nn.Module], wide: str, narrow: str, heads: int, *
     """Whether `narrow` writes whole heads, of which every one serves equally many of the `heads` heads that `wide` writes
     (or `reads`).
     """
-    size, rows = weight_of(layers[wide]).shape[1 if reads else 0], weight_of(layers[narrow]).shape[0]
+    size, rows = walk.weight_of(layers[wide]).shape[1 if reads else 0], walk.weight_of(layers[narrow]).shape[0]
     return (
         size % heads == 0
         and rows % (size // heads) == 0
@@ -193,7 +199,7 @@ def _rotates_scores(
 ) -> bool:
     """Whether one orthogonal matrix a key head, applied to its queries and keys, leaves the model's output as it was."""
     query, key = (layers[n] for n in pair)
-    turns, turned = _turns(weight_of(query).shape[0] // heads, weight_of(key), heads)
+    turns, turned = _turns(_weight(query).shape[0] // heads, _weight(key), heads)
     changed = {pair[0]: _turned(query, turned), pair[1]: _turned(key, turns)}
     return _undone(model, changed, pair[0], forward, reference)
 
@@ -208,8 +214,8 @@ def _rotates_value(
 ) -> bool:
     """The same for what a value head writes and what the output layer reads of it."""
     value, output = (layers[n] for n in pair)
-    turns, turned = _turns(weight_of(output).shape[1] // heads, weight_of(value), heads)
-    changed = {pair[0]: _turned(value, turns), pair[1]: _linear(weight_of(output) @ turned.mT, bias_of(output))}
+    turns, turned = _turns(_weight(output).shape[1] // heads, _weight(value), heads)
+    changed = {pair[0]: _turned(value, turns), pair[1]: _linear(_weight(output) @ turned.mT, _bias(output))}
     return _undone(model, changed, pair[0], forward, reference)
 
 
@@ -223,8 +229,8 @@ def _turns(width: int, narrow: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _turned(layer: nn.Module, turn: Tensor) -> nn.Linear:
-    bias = bias_of(layer)
-    return _linear(turn @ weight_of(layer), None if bias is None else turn @ bias)
+    bias = _bias(layer)
+    return _linear(turn @ _weight(layer), None if bias is None else turn @ bias)
 
 
 def _undone(
@@ -247,16 +253,16 @@ def _leaves_out(neighbours: bool) -> Change:
         reference: Tensor,
     ) -> bool:
         """Whether queries without some pairs of coordinates give what keys without them give."""
-        width = weight_of(layers[pair[0]]).shape[0] // heads
+        width = _weight(layers[pair[0]]).shape[0] // heads
         if width % 2:
             return False
-        groups = weight_of(layers[pair[1]]).shape[0] // width
+        groups = _weight(layers[pair[1]]).shape[0] // width
         kept = torch.rand(groups, width // 2, generator=torch.Generator().manual_seed(0)) < 0.5
         both = kept.repeat_interleave(2, 1) if neighbours else kept.repeat(1, 2)
         masks = (both.repeat_interleave(heads // groups, 0).flatten(), both.flatten())
         outputs = []
         for name, mask in zip(pair, masks, strict=True):
-            with _swapped(model, {name: _turned(layers[name], torch.diag(mask).to(weight_of(layers[name])))}):
+            with _swapped(model, {name: _turned(layers[name], torch.diag(mask).to(_weight(layers[name])))}):
                 outputs.append(forward())
         return _same(outputs[0], outputs[1], reference)
 
@@ -275,7 +281,92 @@ reference) -> whether this model allows it."""
 def _same(a: Tensor, b: Tensor, other: Tensor) -> bool:
     """Whether a equals b, judged by how far `other` is: the output after a change that must show if the test can see it."""
     effect = (other - b).norm()
-    return a.shape == b.shape and bool(effect > 1e-5 * b.norm()) and bool((a - b).norm() <= 1e-2 * effect)
+    return a.shape == b.shape and bool(effect > 1e-5 * b.norm()) and bool((a - b).norm() <= CLOSE * effect)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight (out, in), not in half precision."""
+    return _wide(walk.weight_of(layer))
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    """The bias (out,), not in half precision."""
+    bias = walk.bias_of(layer)
+    return None if bias is None else _wide(bias)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in HALF else value
+
+
+@contextlib.contextmanager
+def _widened(model: nn.Module, forward: Callable[[], Tensor]) -> Iterator[None]:
+    """Run `model` in float32 for a while: what lies outside its repeated blocks at once, of the blocks one at a time. A
+    model that cannot run so (a dtype is written into its code) runs as it is.
+    """
+    try:
+        blocks = find_blocks(model)[1]
+    except GramianError:
+        blocks = []
+    inside = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    if not any(
+        value.dtype in HALF and not value.is_meta for value in itertools.chain(model.parameters(), model.buffers())
+    ):
+        yield
+        return
+    held: list[_Place] = []
+
+    def enter(block: nn.Module, args: Any) -> None:
+        _restore(held)
+        held.extend(_widen(block.modules()))
+
+    def widen_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wide = [_wide(value) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        return tuple(wide[: len(args)]), dict(zip(kwargs, wide[len(args) :], strict=True))
+
+    with contextlib.ExitStack() as stack:
+        whole: list[_Place] = _widen(outside)
+        stack.callback(_restore, whole)
+        stack.callback(_restore, held)
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(enter).remove)
+        stack.callback(model.register_forward_pre_hook(widen_inputs, with_kwargs=True).remove)
+        try:
+            forward()
+        except (RuntimeError, ValueError, TypeError):
+            stack.close()
+        yield
+
+
+_Place = tuple[nn.Module, dict[str, Any], str, Tensor]
+"""Module, its parameters or buffers, a name and the value that belongs there."""
+
+
+def _widen(modules: Iterable[nn.Module]) -> list[_Place]:
+    """Put float32 copies in the place of parameters and buffers in half precision.
+
+    Returns:
+        what was there, for ``_restore``.
+    """
+    found: list[_Place] = []
+    for module in modules:
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for values in holders:
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dtype in HALF and not value.is_meta:
+                    found.append((module, values, name, value))
+                    wide = value.detach().float()
+                    values[name] = nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
+    return found
+
+
+def _restore(places: list[_Place]) -> None:
+    for module, values, name, value in places:
+        values[name] = value
+        if isinstance(module, Structured):
+            module._kept.clear()  # holds on to the copies
+    places.clear()
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

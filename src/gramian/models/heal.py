@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.models.workload import Workload, divergence
+from gramian.modes import evaluating
 from gramian.nn import StructuredLinear, as_linear
+from gramian.nn.exchange import exchange
 from gramian.nn.straight_through import StraightThroughDictionary
 from gramian.nn.training import warm_up_cosine
 from gramian.ops import BlockLowRank, Dictionary, Operator, Skeleton
@@ -34,7 +36,7 @@ class Healing:
         seed: of batch order and recombination.
         batch: sequences a step.
         pool: training data as a multiple of the calibration data: beside the texts themselves, recombinations of them
-            where the workload can; the teacher answers any input. Its answers are kept in half precision, up to
+            where the workload can; the teacher answers any input. Its answers are kept in half precision where they fit, up to
             `ANSWERS_KEPT` bytes of them, so it runs once an input, not once a step.
     """
 
@@ -92,13 +94,13 @@ def heal(
         module = student.get_submodule(name)
         if isinstance(module, StructuredLinear) and isinstance(module.op, Skeleton):
             with torch.no_grad():
-                student.set_submodule(name, as_linear(module.op.pair().balanced, module.bias))
+                exchange(student, module, as_linear(module.op.pair().balanced, module.bias))
             stored[name] = Skeleton
         elif isinstance(module, StructuredLinear) and isinstance(module.op, Dictionary):
-            student.set_submodule(name, StraightThroughDictionary(module.op, module.bias))
+            exchange(student, module, StraightThroughDictionary(module.op, module.bias))
             stored[name] = Dictionary
     trained: dict[str, nn.Parameter] = {}
-    frozen: list[nn.Parameter] = []
+    flags = [(p, p.requires_grad) for p in student.parameters()]
     chosen = tuple(f"{name}." for name in layers)
     if not any(key.startswith(chosen) and ".scales." not in key for key, _ in student.named_parameters()):
         return []  # a rounded embedding has no bias either
@@ -106,9 +108,8 @@ def heal(
         if key.startswith(chosen) and ".scales." not in key:
             p.requires_grad_(True)
             trained[key] = p
-        elif p.requires_grad:
+        else:
             p.requires_grad_(False)
-            frozen.append(p)
     optimiser = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
     first = 0
     if resume is not None:
@@ -117,56 +118,53 @@ def heal(
     targets: dict[int, list[Tensor]] = {}
     kept = 0
     history: list[tuple[int, float]] = []
-    training = student.training
-    student.eval()
-    teacher.eval()
-    before = _validate(student, teacher, workload) if resume is None else float(resume["before"])
-    if resume is None:
-        start = {key: p.detach().clone() for key, p in trained.items()}
-    else:
-        start = {key: resume[f"start|{key}"] for key in trained}
     try:
-        for step in range(first, settings.steps):
-            for group in optimiser.param_groups:
-                group["lr"] = settings.rate * warm_up_cosine(step, settings.steps, max(1, settings.steps // 10))
-            place = _place(step, len(pool), settings.seed)
-            batch = pool[place]
-            target = targets.get(place)
-            if target is None:
+        with evaluating(student, teacher):
+            before = _validate(student, teacher, workload) if resume is None else float(resume["before"])
+            if resume is None:
+                start = {key: p.detach().clone() for key, p in trained.items()}
+            else:
+                start = {key: resume[f"start|{key}"] for key in trained}
+            for step in range(first, settings.steps):
+                for group in optimiser.param_groups:
+                    group["lr"] = settings.rate * warm_up_cosine(step, settings.steps, max(1, settings.steps // 10))
+                place = _place(step, len(pool), settings.seed)
+                batch = pool[place]
+                target = targets.get(place)
+                if target is None:
+                    with torch.no_grad():
+                        target = [_halved(t) for t in workload.outputs(teacher, batch)]
+                    if kept < ANSWERS_KEPT:
+                        targets[place] = target
+                        kept += sum(t.nbytes for t in target)
+                answer = workload.outputs(student, batch)
+                loss = _loss(answer, target, settings.states, settings.inner, workload.logits is not None)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise GramianError(f"healing: the loss became {value} at step {step}; lower the learning rate")
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+                optimiser.step()
+                history.append((step, value))
+                if progress is not None:
+                    progress(step, value)
+                if checkpoint is not None and (step + 1) % every == 0 and step + 1 < settings.steps:
+                    state = _state(step + 1, trained, optimiser)
+                    state["before"] = torch.tensor(before, dtype=torch.float64)
+                    state.update({f"start|{key}": value for key, value in start.items()})
+                    checkpoint(state)
+            if not _validate(student, teacher, workload) < before:
                 with torch.no_grad():
-                    target = [t.half() for t in workload.outputs(teacher, batch)]
-                if kept < ANSWERS_KEPT:
-                    targets[place] = target
-                    kept += sum(t.nbytes for t in target)
-            answer = workload.outputs(student, batch)
-            loss = _loss(answer, target, settings.states, settings.inner, workload.logits is not None)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise GramianError(f"healing: the loss became {value} at step {step}; lower the learning rate")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
-            optimiser.step()
-            history.append((step, value))
-            if progress is not None:
-                progress(step, value)
-            if checkpoint is not None and (step + 1) % every == 0 and step + 1 < settings.steps:
-                state = _state(step + 1, trained, optimiser)
-                state["before"] = torch.tensor(before, dtype=torch.float64)
-                state.update({f"start|{key}": value for key, value in start.items()})
-                checkpoint(state)
-        if not _validate(student, teacher, workload) < before:
-            with torch.no_grad():
-                for key, p in trained.items():
-                    p.copy_(start[key])
+                    for key, p in trained.items():
+                        p.copy_(start[key])
     finally:
-        student.train(training)
-        for p in frozen:
-            p.requires_grad_(True)
+        for p, flag in flags:
+            p.requires_grad_(flag)
     for name, kind in stored.items():
         module = student.get_submodule(name)
         if isinstance(module, StraightThroughDictionary):
-            student.set_submodule(name, module.finish())
+            exchange(student, module, module.finish())
             continue
         assert kind is Skeleton
         assert isinstance(module, StructuredLinear)
@@ -174,7 +172,7 @@ def heal(
         assert isinstance(pair, BlockLowRank)
         with torch.no_grad():
             skeleton = Skeleton.from_pair(pair.left[0], pair.right[0])
-            student.set_submodule(name, as_linear(skeleton, module.bias))
+            exchange(student, module, as_linear(skeleton, module.bias))
     return history
 
 
@@ -223,6 +221,12 @@ def _loss(student: list[Tensor], target: list[Tensor], states: float, inner: flo
         if weight and errors:
             loss = loss + weight * torch.stack(errors).mean()
     return loss
+
+
+def _halved(answer: Tensor) -> Tensor:
+    """In half precision, or as it is where that overflows."""
+    half = answer.half()
+    return half if bool(half.isfinite().all()) else answer
 
 
 def _state(step: int, trained: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -263,11 +263,20 @@ def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **othe
     _check(model)
     become_ordinary(model)
     if not describe(model) and getattr(model.config, "quantization_config", None) is None:
-        model.save_pretrained(directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        _write(model, directory, tokenizer)
         return
     attach(model, **other)
+    _write(model, directory, tokenizer)
+    text, auto_map = remote_code(model)
+    if text:
+        (directory / f"{MODULE}.py").write_text(text, encoding="utf-8")
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = auto_map
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write(model: Any, directory: Path, tokenizer: Any) -> None:
+    """As ``save_pretrained``; of a model on the meta device all but the weights."""
     if any(p.is_meta for p in model.parameters()):
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
@@ -276,12 +285,6 @@ def write_huggingface(model: Any, directory: Path, tokenizer: Any = None, **othe
             model.generation_config.save_pretrained(directory)
     else:
         model.save_pretrained(directory)
-    text, auto_map = remote_code(model)
-    if text:
-        (directory / f"{MODULE}.py").write_text(text, encoding="utf-8")
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        config["auto_map"] = auto_map
-        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 

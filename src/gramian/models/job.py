@@ -8,7 +8,6 @@ healing), so a killed run goes on where it was and ends with the same bytes. The
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -37,9 +36,10 @@ from gramian.compression import (
     resolve_recipe,
     resolve_structures,
 )
-from gramian.compression.options import COSTS, JOINT
+from gramian.compression.options import JOINT, check_measurable
 from gramian.compression.plan import check_keep
-from gramian.errors import GramianError, nearest
+from gramian.compression.plan_checks import check_groups, check_sizes
+from gramian.errors import GramianError
 from gramian.grams import Grams, Joint
 from gramian.models import distributed
 from gramian.models.api import (
@@ -48,7 +48,6 @@ from gramian.models.api import (
     as_layer,
     build_all,
     called,
-    check_plan,
     collect,
     planning_layers,
     sensitivities,
@@ -68,12 +67,12 @@ from gramian.models.journal import (
     workspace,
     write,
 )
-from gramian.models.loading import ENTRIES, Loaded, load_model
+from gramian.models.loading import Loaded, load_model
 from gramian.models.offload import Offload
 from gramian.models.sentence_encoder import transformer_folder
 from gramian.models.walk import check_finite, find_layers
 from gramian.models.workload import Workload, agreement, all_features, language_agreement
-from gramian.ops import Quantized, structures
+from gramian.ops import Quantized
 
 GENERATED = 48
 """Tokens that are generated to time it."""
@@ -155,9 +154,14 @@ class Job:
         s = self.settings
         check_keep(s.keep)
         recipe = self.recipe
-        recipe.check(s.cost, s.structures)
+        if s.plan and (s.recipe != "auto" or s.structures != "auto"):
+            raise GramianError("--plan says what is done to every layer; leave out --recipe and --structures beside it")
+        recipe.check(
+            s.cost, s.structures, include=s.include, exclude=s.exclude, embeddings=s.embeddings, objective=s.objective
+        )
         recipe.objective(s.objective)
         methods = resolve_structures(recipe.options(s.structures)["structures"], s.cost)
+        check_measurable(s.cost)
         if s.heal < 0:
             raise GramianError(f"--heal {s.heal}: expected 0 or more steps")
         if not 0 < s.rate < math.inf:
@@ -186,12 +190,15 @@ class Job:
             found.left_alone += [{"name": n, "reason": f"recipe {recipe.name} is for embeddings"} for n in found.layers]
             found.layers = {}
             if not found.embeddings:
-                raise GramianError(f"recipe {recipe.name} is for embeddings of words; this model has none to factor")
+                raise GramianError(
+                    f"recipe {recipe.name} is for embeddings of words; this model has none to factor (tied ones cannot be)"
+                )
         if s.embeddings and not tables:
             self.warnings.append("--embeddings has no effect on a budget of FLOPs: a look-up takes none")
         for entry in found.left_alone:
             if entry["name"] in heads:
                 entry["reason"] = "a head outside the repeated blocks (name it with --include to take part)"
+        self.warnings += self.loaded.warnings
         self.before = parameters(self.loaded.model), nbytes(self.loaded.model)
         chosen_layers = {**found.embeddings, **found.layers}
         if not self.loaded.skeleton:
@@ -201,8 +208,7 @@ class Job:
         total = sum(dense_cost(layer).of(s.cost) for layer in layers.values())
         least = sum(_least(layer, methods, s.cost) for layer in layers.values())
         if chosen is not None:
-            check_plan(chosen, layers)
-            _check_sizes(chosen, layers)
+            check_sizes(chosen, layers)
         elif least > s.keep * total:
             raise GramianError(
                 f"--keep {s.keep:g} is out of reach: the smallest options keep {least / total:.4f} of the {s.cost}; "
@@ -270,7 +276,8 @@ class Job:
             for name, module in (*found.embeddings.items(), *found.layers.items())
         }
         if whole:
-            return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2 * sum(grams.values())
+            numbers = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+            return numbers + 2 * sum(grams.values()) + 20 * self.loaded.batch_entries
         blocks, modules = find_blocks(model)
         widest = 0
         for index, module in enumerate(modules):
@@ -278,7 +285,7 @@ class Job:
             own = sum(size for name, size in grams.items() if name.startswith(f"{blocks}.{index}."))
             widest = max(widest, 12 * numbers + 4 * own)
         outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{blocks}."))
-        return widest + 4 * outside + 20 * ENTRIES
+        return widest + 4 * outside + 20 * self.loaded.batch_entries
 
     def _check_offload(self) -> None:
         if self.settings.heal:
@@ -500,7 +507,7 @@ class Job:
         s = self.settings
         if s.plan:
             chosen = Plan.load(s.plan)
-            _check_groups(chosen, joints)
+            check_groups(chosen, joints)
             named = {name for entry in chosen.entries for name in entry.layers}
             for name, layer in layers.items():
                 if name not in named:
@@ -742,59 +749,6 @@ def _language(before: nn.Module, after: nn.Module, held_out: Workload, loaded: L
                     taken[which].append(tokens / (time.perf_counter() - start))
     rates = [sorted(rates)[len(rates) // 2] for rates in taken]
     return {**found, "generation": {"tokens": tokens, "before": rates[0], "after": rates[1]}}
-
-
-def _check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
-    """Raise on what no fit could make of these layers, before the long work.
-
-    Raises:
-        GramianError: which entry, and what is expected.
-    """
-    if chosen.cost not in COSTS:
-        raise GramianError(f"plan: unknown cost {chosen.cost!r}; expected one of {', '.join(COSTS)}")
-    kinds = {kind: cls for kind, cls in structures().items() if cls.fittable}
-    for index, entry in enumerate(chosen.entries):
-        kind, shapes = entry.structure, [layers[name].shape for name in entry.layers]
-        where = f"plan: entry {index} ({', '.join(entry.layers)})"
-        if not shapes:
-            raise GramianError(f"plan: entry {index} names no layer")
-        if kind == "dense":
-            continue
-        if kind in JOINT:
-            limits = {"width": shapes[-1][1]} if kind == "neurons" else {"dimensions": shapes[0][0]}
-            known = {*limits, "bits"}
-        elif kind in kinds:
-            if len(shapes) > 1:
-                raise GramianError(f"{where}: {kind} is for one layer, found {len(shapes)}")
-            limits = {"rank": min(shapes[0])}
-            known = set(inspect.signature(kinds[kind].fit).parameters) - {"weight", "gram_in", "gram_out", "size"}
-        else:
-            raise GramianError(f"{where}: unknown structure {kind!r}{nearest(kind, [*kinds, *JOINT])}")
-        for key in entry.size:
-            if key not in known:
-                raise GramianError(f"{where}: {kind}: unknown size {key!r}; expected {', '.join(sorted(known))}")
-        if "bits" in entry.size:
-            limits["bits"] = 8
-        for key, most in limits.items():
-            value = entry.size.get(key)
-            if key in known and not (type(value) is int and 1 <= value <= most):
-                raise GramianError(f"{where}: {kind}: {key} {value}; expected 1 to {most}")
-
-
-def _check_groups(chosen: Plan, joints: Sequence[Joint]) -> None:
-    """Raise unless the layers that an entry compresses together do belong together in this model.
-
-    Raises:
-        GramianError: which entry, and the groups that there are.
-    """
-    known = {(joint.kind, *joint.layers): joint.heads for joint in joints}
-    for entry in chosen.entries:
-        if entry.structure in JOINT and known.get((entry.structure, *entry.layers)) != entry.heads:
-            groups = [f"{kind} of {', '.join(names)}" for kind, *names in known if kind == entry.structure]
-            raise GramianError(
-                f"plan: {entry.structure} of {', '.join(entry.layers)} with {entry.heads} heads fits no group of this model"
-                f"{nearest(f'{entry.structure} of ' + ', '.join(entry.layers), groups)}"
-            )
 
 
 def _free_memory() -> int:

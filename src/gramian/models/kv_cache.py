@@ -39,6 +39,7 @@ from gramian.models.api import as_workload
 from gramian.models.huggingface_cache import Tap, projected_cache, tap_cache
 from gramian.models.journal import write
 from gramian.models.workload import Batch, Workload
+from gramian.modes import evaluating
 from gramian.ops.orthogonal import Orthogonal
 
 TENSORS = "kv_cache.safetensors"
@@ -321,9 +322,7 @@ def collect_key_values(
     objective = work.objective("lm") if gradients else None
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, LayerStates] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for index, batch in enumerate(work.batches):
             real = batch.get("attention_mask")
             watch = _Watch(found, None if real is None else real.bool(), gradients)
@@ -335,8 +334,6 @@ def collect_key_values(
                 watch.finish(torch.autograd.grad(loss, watch.leaves))
             if progress is not None:
                 progress("collect", index + 1, len(work.batches))
-    finally:
-        model.train(training)
     if not found or sorted(found) != list(range(len(found))):
         raise GramianError(f"{type(model).__name__} did not pass its keys and values through past_key_values")
     return [found[index] for index in range(len(found))]
@@ -494,13 +491,11 @@ def train_bases(
     sides = [[_Trained(side, device) for side in layer] for layer in projection.layers]
     parameters = [side.skew for layer in sides for side in layer]
     optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-    training = model.training
-    model.eval()
 
     def tap(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return sides[layer][0](keys), sides[layer][1](values)
 
-    try:
+    with evaluating(model):
         order: list[int] = []
         for step in range(steps):
             if not order:
@@ -522,8 +517,6 @@ def train_bases(
             optimiser.step()
             if progress is not None:
                 progress("train", step + 1, steps)
-    finally:
-        model.train(training)
     return KeyValueProjection(tuple((layer[0].bases(), layer[1].bases()) for layer in sides))
 
 
@@ -687,13 +680,8 @@ def _budget(sides: Sequence[HeadBases], keep: float, step: int | None) -> int:
 
 def _teachers(model: nn.Module, work: Workload) -> list[Tensor]:
     assert work.logits is not None
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return [work.logits(model, batch) for batch in work.batches]
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        return [work.logits(model, batch) for batch in work.batches]
 
 
 def _projecting(projection: KeyValueProjection) -> Tap:
@@ -711,18 +699,14 @@ def _mean_divergence(
     model: nn.Module, work: Workload, teachers: Sequence[Tensor], projection: KeyValueProjection
 ) -> float:
     assert work.logits is not None
-    training = model.training
-    model.eval()
     tap = _projecting(projection)
     total, count = 0.0, 0.0
-    try:
+    with evaluating(model):
         for batch, teacher in zip(work.batches, teachers, strict=True):
             mask = work.mask(batch)
             tokens = teacher.shape[0] * teacher.shape[1] if mask is None else float(mask.sum())
             total += tokens * float(_divergence(teacher, work.logits(model, _through(batch, tap)), mask))
             count += tokens
-    finally:
-        model.train(training)
     return total / count
 
 
@@ -744,11 +728,9 @@ def evaluate_key_values(
     """
     work = language_workload(model, data, tokenizer)
     assert work.logits is not None
-    training = model.training
-    model.eval()
     tap = None if projection is None else _projecting(projection)
     loss, targets, divergence, tokens = 0.0, 0.0, 0.0, 0.0
-    try:
+    with evaluating(model):
         for batch in work.batches:
             plain = work.logits(model, batch)
             logits = plain if tap is None else work.logits(model, _through(batch, tap))
@@ -759,8 +741,6 @@ def evaluate_key_values(
             targets += float(scored.sum())
             divergence += float(real.sum()) * float(_divergence(plain, logits, real))
             tokens += float(real.sum())
-    finally:
-        model.train(training)
     return {
         "perplexity": math.exp(loss / targets),
         "kl": divergence / tokens,

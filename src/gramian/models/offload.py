@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gramian.compression import Entry, Layer, Plan, make_plan, op_cost, resolve_structures
 from gramian.compression.allocation import Priced
-from gramian.compression.plan import ItemKey, plan_items, priced_curve, shares_tried
+from gramian.compression.plan import ItemKey, default_allocation, plan_items, priced_curve, shares_tried
 from gramian.errors import GramianError
 from gramian.files import flush
 from gramian.grams import Grams, Joint, collect_layers
@@ -265,8 +265,8 @@ class Offload:
             return self.calibration.run(self.model, self._batch(j))
 
     def _small_end(self) -> Tensor:
-        small = self.calibration.head(2)
-        with self.blocks.ending(self._get("text", len(self.blocks), 0)[:2]):
+        small, (place, which) = self.calibration.sample(2), self.calibration.telling(2)
+        with self.blocks.ending(self._get("text", len(self.blocks), place)[which]):
             return first_tensor(self.calibration.run(self.model, small)).float()
 
     def _through(self, level: int, batch: Batch, hidden: Tensor) -> Tensor:
@@ -283,14 +283,15 @@ class Offload:
         return lambda model, j: self._through(level, self._batch(j), self._get("text", level, j))
 
     def _small(self, level: int) -> Callable[[], Tensor]:
-        small, hidden = self.calibration.head(2), self._get("text", level, 0)[:2]
+        place, which = self.calibration.telling(2)
+        small, hidden = self.calibration.sample(2), self._get("text", level, place)[which]
         return lambda: self._through(level, small, hidden)
 
     def _enter(self, j: int) -> Tensor:
         return self.blocks.enter(lambda: self.calibration.run(self.model, self._batch(j)))
 
     def _small_begin(self) -> Tensor:
-        return self.blocks.enter(partial(self.calibration.run, self.model, self.calibration.head(2)))
+        return self.blocks.enter(partial(self.calibration.run, self.model, self.calibration.sample(2)))
 
     def _begin(self, model: nn.Module, j: int, generator: torch.Generator) -> Tensor:
         return (self._enter(j) * self._get("slope", 0, j)).sum()
@@ -319,12 +320,12 @@ class Offload:
 
     @property
     def allocation(self) -> str:
-        """How the budget is divided: errors of different layers compare where every layer has output gradients."""
+        """How the budget is divided: errors of different layers compare where they have output gradients."""
+        comparable: dict[str, bool] = {}
         for part, names in self.parts.items():
             held = _header(self.work / "grams" / f"{part}.sealed")
-            if any(f"{name}|gradient" not in held for name in names):
-                return "uniform"
-        return "exact"
+            comparable |= {name: f"{name}|gradient" in held for name in names}
+        return default_allocation(comparable)
 
     def measure(self, structures: str, cost: str, keep: float, *, curves: bool) -> None:
         """What the planner and the report need of every layer, as files.

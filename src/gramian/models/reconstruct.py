@@ -14,6 +14,7 @@ from gramian.errors import GramianError
 from gramian.models.swap import replace_linear
 from gramian.models.walk import weight_of
 from gramian.models.workload import Batch, Workload
+from gramian.modes import evaluating
 from gramian.nn import StructuredLinear
 from gramian.ops import Quantized
 
@@ -118,10 +119,7 @@ def reconstruct(
         blocks.setdefault(block_of(name), []).append(name)
     history: list[tuple[int, float]] = []
     generator = torch.Generator().manual_seed(seed)
-    model.eval()
-    training = small.training
-    small.eval()
-    try:
+    with evaluating(model, small):
         for block, members in blocks.items():
             pairs = [_seen(small, model, block, workload, batch) for batch in batches]
             old = {name: small.get_submodule(name) for name in members}
@@ -137,8 +135,6 @@ def reconstruct(
             if not _error(small.get_submodule(block), pairs) < before:
                 for name, module in old.items():
                     small.set_submodule(name, module)
-    finally:
-        small.train(training)
     return history
 
 
@@ -165,6 +161,11 @@ def _output(value: Any) -> Tensor:
     return first
 
 
+def _uncached(value: Any) -> Any:
+    """None for a cache of keys and values: a block that runs again would append to it."""
+    return None if hasattr(value, "get_seq_length") else value
+
+
 @torch.no_grad()
 def _seen(small: nn.Module, model: nn.Module, block: str, workload: Workload, batch: Batch) -> _Pair:
     found: dict[str, Any] = {}
@@ -174,8 +175,8 @@ def _seen(small: nn.Module, model: nn.Module, block: str, workload: Workload, ba
         raise _Seen
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found["args"] = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-        found["kwargs"] = kwargs
+        found["args"] = tuple(a.clone() if isinstance(a, Tensor) else _uncached(a) for a in args)
+        found["kwargs"] = {key: _uncached(value) for key, value in kwargs.items()}
         raise _Seen
 
     handles = (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.models.walk import weight_of
 from gramian.models.workload import Batch, Workload
+from gramian.modes import evaluating
 
 LEVELS = (0.1, 0.2)
 """Relative sizes ``||D||_F / ||W||_F`` of the noise."""
@@ -50,9 +51,7 @@ def measure(
     Raises:
         GramianError: the loss became NaN or Inf (the layer is named).
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         distance = Distance(model, workload)
         alphas: dict[str, float] = {}
         for index, name in enumerate(names):
@@ -74,8 +73,6 @@ def measure(
             alphas[name] = max(above / sum(level**4 for level in levels), 1e-12)
             if progress is not None:
                 progress(index + 1)
-    finally:
-        model.train(training)
     return alphas
 
 

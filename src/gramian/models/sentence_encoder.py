@@ -11,6 +11,15 @@ from typing import Any
 from gramian.errors import GramianError
 
 _WEIGHTS = {".bin", ".safetensors", ".onnx", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".gguf", ".index"}
+_POOLINGS = {
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "mean_sqrt_len_tokens": "mean",  # differs in length alone, and features are of unit length
+    "cls": "cls",
+    "cls_token": "cls",
+    "lasttoken": "last",
+}
+"""Names of poolings in configurations, old and new, and in ``text_workload``."""
 _EXPORTS = {"onnx", "openvino", ".git", ".cache"}
 
 
@@ -25,6 +34,44 @@ def transformer_folder(directory: str | os.PathLike[str]) -> Path:
     Raises:
         GramianError: ``modules.json`` is damaged or lists no transformer.
     """
+    modules = _modules(directory)
+    for kind, path in modules:
+        if kind == "Transformer":
+            return Path(directory, path)
+    found = ", ".join(kind for kind, _ in modules) or "nothing"
+    raise GramianError(f"{Path(directory, 'modules.json')} lists no Transformer; found {found}")
+
+
+def pooling(directory: str | os.PathLike[str]) -> str:
+    """How the model at `directory` makes an embedding of its tokens' states: "mean", "cls" or "last" (the last token).
+
+    Raises:
+        GramianError: another way, or damaged files.
+    """
+    for kind, path in _modules(directory):
+        if kind != "Pooling":
+            continue
+        file = Path(directory, path, "config.json")
+        try:
+            config = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise GramianError(f"{file} is damaged: {error!r}; expected the settings of a Pooling module") from error
+        told = config.get("pooling_mode")  # one name or several; older versions have a switch for each
+        if told is None:
+            switches = {key[13:]: on for key, on in config.items() if key.startswith("pooling_mode_")}
+            told = [name for name, on in switches.items() if on] or "mean"
+        modes = [told] if isinstance(told, str) else list(told)
+        if len(modes) == 1 and modes[0] in _POOLINGS:
+            return _POOLINGS[modes[0]]
+        raise GramianError(
+            f"{file}: pooling by {' and '.join(map(str, modes))}; expected mean, cls or lasttoken alone; "
+            "with another, compress the transformer in Python and give it as `data` a Workload with these features"
+        )
+    return "mean"
+
+
+def _modules(directory: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """(class, path) of every part that ``modules.json`` lists, in order."""
     file = Path(directory, "modules.json")
     try:
         modules = [(str(part["type"]), str(part["path"])) for part in json.loads(file.read_text(encoding="utf-8"))]
@@ -32,10 +79,7 @@ def transformer_folder(directory: str | os.PathLike[str]) -> Path:
         raise GramianError(
             f"{file} is damaged: {error!r}; expected a list of modules with 'type' and 'path'"
         ) from error
-    for kind, path in modules:
-        if kind.rpartition(".")[2] == "Transformer":
-            return Path(directory, path)
-    raise GramianError(f"{file} lists no Transformer; found {', '.join(kind for kind, _ in modules) or 'nothing'}")
+    return [(kind.rpartition(".")[2], path) for kind, path in modules]
 
 
 def save_sentence_transformer(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gramian.errors import GramianError, nearest
 from gramian.models.walk import is_conv1d, is_linear
 from gramian.nn import StructuredEmbedding, StructuredLinear, as_embedding, as_linear
+from gramian.nn.exchange import exchange
 from gramian.ops import Operator
 
 
@@ -93,8 +94,6 @@ def replace_linear(model: nn.Module, name: str, op: Operator, bias: Tensor | Non
             )
         if before.transposed:
             layer = conv1d(layer)
-    if not any(parameter.requires_grad for parameter in old.parameters()):
-        layer.requires_grad_(False)
     swap(model, old, layer)
     return layer
 
@@ -119,8 +118,6 @@ def replace_embedding(model: nn.Module, name: str, op: Operator) -> nn.Module:
     layer = as_embedding(_moved(op, old.weight), old.padding_idx)
     if isinstance(layer, StructuredEmbedding):
         layer.weight = layer.weight.to(old.weight.dtype)
-    if not any(parameter.requires_grad for parameter in old.parameters()):
-        layer.requires_grad_(False)
     swap(model, old, layer)
     return layer
 
@@ -208,15 +205,6 @@ def origin(module: nn.Module) -> Origin:
 
 
 def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` at every name that `old` has in `model`; the training mode and the record of the origin carry over."""
+    """As ``exchange``; the record of the origin carries over."""
     new.gramian_origin = origin(old)  # type: ignore[assignment]
-    new.train(old.training)
-    for module in list(model.modules()):
-        # PyTorch's fused encoder kernels read `linear1.weight` themselves, past the layer's forward.
-        if isinstance(module, nn.TransformerEncoderLayer) and old in (module.linear1, module.linear2):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(part is old for part in module.modules()):
-            module.use_nested_tensor = False
-        for key, child in list(module._modules.items()):
-            if child is old:
-                module._modules[key] = new
+    exchange(model, old, new)

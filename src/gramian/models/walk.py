@@ -98,7 +98,7 @@ def find_layers(
                     found.left_alone.append({"name": name, "reason": "excluded"})
                 elif include and not matches(name, include):
                     found.left_alone.append({"name": name, "reason": "not included"})
-                elif len(owners[id(module.weight)]) > 1:
+                elif _tied(module, owners):
                     found.left_alone.append({"name": name, "reason": "its weight is tied to another layer's"})
                 elif type(module) is not nn.Embedding or module.max_norm is not None:
                     more = "renormalises its rows" if module.max_norm is not None else type(module).__name__
@@ -108,7 +108,9 @@ def find_layers(
                 else:
                     found.left_alone.append({"name": name, "reason": "an embedding of few rows"})
             else:
-                found.left_alone.append({"name": name, "reason": "an embedding (ask with --embeddings)"})
+                tied = _tied(module, owners)
+                reason = "its weight is tied to another layer's" if tied else "an embedding (ask with --embeddings)"
+                found.left_alone.append({"name": name, "reason": reason})
         else:
             for key, p in module._parameters.items():
                 if p is not None and p.dim() >= 2 and p.numel() >= smallest and not _inside(name, found.layers):
@@ -121,6 +123,10 @@ def find_layers(
         why = f"; {small[0]} is too small (fewer than {smallest} entries)" if small else ""
         raise GramianError(f"nothing to compress: no linear layer is left after include and exclude{why}")
     return found
+
+
+def _tied(module: nn.Embedding, owners: dict[int, list[str]]) -> bool:
+    return len(owners[id(module.weight)]) > 1
 
 
 def _inside(name: str, layers: dict[str, nn.Module]) -> bool:
@@ -182,3 +188,13 @@ def check_finite(layers: dict[str, nn.Module]) -> None:
                     f"layer {name}: {bad} of {tensor.numel()} entries of its {label} are NaN or Inf; "
                     "repair the checkpoint or leave the layer out with --exclude"
                 )
+
+
+def find_heads(model: nn.Module) -> tuple[str, ...]:
+    """Linear layers outside every repeated block (poolers, classifiers, output heads): left out unless included by name."""
+    blocks = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1
+    )
+    if not blocks:
+        return ()
+    return tuple(name for name, module in model.named_modules() if is_linear(module) and not name.startswith(blocks))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.grams.collect import Objective
+from gramian.modes import evaluating
+from gramian.nn.structured import Structured
 
 Batch = Any
 LONGEST = 48
@@ -21,6 +25,8 @@ CHANGED = 0.4
 """Most tokens of a recombined text, as a share, that become a neighbour of theirs in the embedding table."""
 NEIGHBOURS = 12
 """How many neighbours a token has."""
+ENOUGH = 16
+"""Real tokens of a sequence that shows what attention does."""
 
 
 @dataclass
@@ -58,6 +64,30 @@ class Workload:
     def head(self, sequences: int) -> Batch:
         """The first few sequences of the first batch."""
         return _cut(self.batches[0], slice(sequences))
+
+    def telling(self, sequences: int) -> tuple[int, slice]:
+        """A few neighbouring sequences with enough real tokens to tell what attention does: number of the batch, and which
+        of it. The first of which each has `ENOUGH`, else the longest; without a mask the first of all.
+        """
+        best, found = -1, (0, slice(sequences))
+        for place, batch in enumerate(self.batches):
+            mask = self.mask(batch)
+            if mask is None:
+                return found
+            lengths = mask.reshape(len(mask), -1).bool().sum(1)
+            for first in range(max(1, len(mask) - sequences + 1)):
+                which = slice(first, first + sequences)
+                length = int(lengths[which].min())
+                if length > best:
+                    best, found = length, (place, which)
+                if best >= ENOUGH:
+                    return found
+        return found
+
+    def sample(self, sequences: int) -> Batch:
+        """The sequences that `telling` names."""
+        place, which = self.telling(sequences)
+        return _cut(self.batches[place], which)
 
     def parts(self, sequences: int) -> list[Batch]:
         """The batches cut into ones of at most that many sequences."""
@@ -119,7 +149,7 @@ def _length(batch: Batch) -> int:
     if isinstance(batch, Tensor):
         return len(batch)
     if hasattr(batch, "values"):
-        return len(next(iter(batch.values())))
+        return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)
     if isinstance(batch, Sequence):
         return _length(batch[0])
     return 1
@@ -128,7 +158,8 @@ def _length(batch: Batch) -> int:
 def tensor_workload(batches: Sequence[Batch]) -> Workload:
     """Workload of any module whose batches are tensors, tuples of positional or mappings of keyword arguments.
 
-    The features are the first floating-point tensor of the output, flattened to one row a sequence.
+    The features are the first floating-point tensor of the output, flattened to one row a sequence. Of a mapping with an
+    ``attention_mask`` (sequences, tokens), padding counts neither as input nor as output.
 
     Raises:
         GramianError: no batches, or one that is none of these.
@@ -148,24 +179,35 @@ def tensor_workload(batches: Sequence[Batch]) -> Workload:
 
     def features(model: nn.Module, batch: Batch) -> Tensor:
         output = first_tensor(run(model, batch))
+        real = mask(batch)
+        if real is not None and output.dim() == 3 and output.shape[:2] == real.shape:
+            output = output * real.to(output)[:, :, None]
         return output.reshape(len(output), -1)
 
-    return Workload(batches, run, features, lambda batch: None, lambda model, batch: [features(model, batch)])
+    def mask(batch: Batch) -> Tensor | None:
+        found = batch.get("attention_mask") if hasattr(batch, "get") else None
+        return found if isinstance(found, Tensor) and found.dim() == 2 else None
+
+    return Workload(batches, run, features, mask, lambda model, batch: [features(model, batch)])
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first floating-point tensor of a model's output.
+    """The first floating-point tensor of a model's output; a lone number (a loss, say) is not one.
 
     Raises:
         GramianError: there is none.
     """
     if isinstance(output, Tensor):
+        if not output.dim():
+            raise GramianError("the model returned one number; expected a row a sequence: pass batches without labels")
         return output
     values = output.values() if hasattr(output, "values") else output if isinstance(output, Sequence) else ()
     for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
             return value
-    raise GramianError(f"the model returned {type(output).__name__}, which holds no floating-point tensor")
+    raise GramianError(
+        f"the model returned {type(output).__name__}, which holds no floating-point tensor; expected one with a row a sequence"
+    )
 
 
 def text_workload(
@@ -174,67 +216,76 @@ def text_workload(
     *,
     batch_size: int = 32,
     longest: int = 256,
+    most_tokens: int | None = None,
     pooling: str = "mean",
     language_model: bool = False,
+    classifier: bool = False,
 ) -> Workload:
     """Workload of a Hugging Face text model: batches of texts of similar length, padded, with an attention mask.
 
-    An encoder's features are its sentence embeddings: the mean (or first token, for ``pooling="cls"``) of the last hidden
-    states over real tokens, of unit length. A language model's features are the same of its last hidden states, and it
-    has logits.
+    An encoder's features are its sentence embeddings: the mean of the last hidden states over real tokens, or that of the
+    first or last token (`pooling` "cls" or "last"), of unit length. A language model's features are the same of its last
+    hidden states, and it has logits. A model that answers with one row a text, and not with states of its tokens, has that
+    row as its features.
 
     Args:
-        tokenizer: called as ``tokenizer(texts, padding=True, truncation=True, max_length=..., return_tensors="pt")``.
+        tokenizer: called as ``tokenizer(texts, padding=True, truncation=True, max_length=..., return_tensors="pt")``; left as
+            it was, and may have no padding token.
         texts: calibration texts.
         batch_size: sequences a batch.
         longest: tokens after which a text is cut.
-        pooling: "mean" or "cls".
+        most_tokens: tokens of a batch, padding included, unless one text has more; None for no bound.
+        pooling: "mean", "cls" or "last".
         language_model: whether the output holds logits over the vocabulary.
+        classifier: whether the output is a row of logits a text (``is_classifier``).
 
     Raises:
-        GramianError: no texts.
+        GramianError: no texts, or an unknown pooling.
     """
     if not texts:
         raise GramianError("no calibration text")
-    if language_model and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    batches = [
-        dict(
-            tokenizer(
-                [texts[j] for j in order[i : i + batch_size]],
-                padding=True,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            )
-        )
-        for i in range(0, len(order), batch_size)
-    ]
-
+    if pooling not in ("mean", "cls", "last"):
+        raise GramianError(f"unknown pooling {pooling!r}; expected mean, cls or last")
     special = set(tokenizer.all_special_ids)
     words = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special])
+    tokenizer = copy.deepcopy(tokenizer)  # padding and cutting leave their settings in it, which would be saved with it
+    if tokenizer.pad_token is None:  # any token will do, for its places are masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    if most_tokens is None or batch_size * longest <= most_tokens:
+        groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    else:
+        ids = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+        groups = _groups(order, [len(row) for row in ids], batch_size, most_tokens)
+    batches = [
+        dict(
+            tokenizer([texts[j] for j in group], padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        )
+        for group in groups
+    ]
 
     def run(model: nn.Module, batch: Batch) -> Any:
         return model(**batch)
 
-    def last_states(model: nn.Module, batch: Batch) -> Tensor:
-        if language_model:
-            last = model(**batch, output_hidden_states=True).hidden_states[-1]
-            assert isinstance(last, Tensor)
-            return last
-        output = run(model, batch)
-        return output.last_hidden_state if hasattr(output, "last_hidden_state") else first_tensor(output)
-
     def features(model: nn.Module, batch: Batch) -> Tensor:
-        return pool(last_states(model, batch), batch["attention_mask"], pooling)
+        if language_model:
+            states = model(**batch, output_hidden_states=True).hidden_states[-1]
+        else:
+            output = run(model, batch)
+            states = output.last_hidden_state if hasattr(output, "last_hidden_state") else first_tensor(output)
+        return states.float() if states.dim() == 2 else pool(states, batch["attention_mask"], pooling)
 
     def outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
         result = model(**batch, output_hidden_states=True)
         _, *inner, last = result.hidden_states
         last = getattr(result, "last_hidden_state", last)
         real = batch["attention_mask"].bool()
-        first = result.logits[real] if language_model else pool(last, batch["attention_mask"], pooling)
+        if language_model:
+            first = result.logits[real]
+        elif classifier:
+            first = result.logits.float()
+        else:
+            first = pool(last, batch["attention_mask"], pooling)
         return [first, *(states[real] for states in (last, *inner))]
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -242,14 +293,16 @@ def text_workload(
         assert isinstance(result, Tensor)
         return result
 
-    known: dict[int, Neighbours] = {}
+    known: WeakKeyDictionary[nn.Module, Neighbours] = WeakKeyDictionary()
 
     def augment(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
         find = getattr(model, "get_input_embeddings", None)
-        table = None if find is None else find().weight
-        if table is not None and table.data_ptr() not in known:
-            known[table.data_ptr()] = Neighbours(table, words)
-        return recombine(batch, generator, None if table is None else known[table.data_ptr()])
+        embedding = None if find is None else find()
+        if embedding is not None and embedding not in known:
+            # The weight of a structured embedding is empty.
+            table = embedding.op.dense() if isinstance(embedding, Structured) else embedding.weight
+            known[embedding] = Neighbours(table, words)
+        return recombine(batch, generator, None if embedding is None else known[embedding])
 
     return Workload(
         batches,
@@ -258,10 +311,40 @@ def text_workload(
         lambda batch: batch["attention_mask"],
         outputs,
         augment,
-        "cosine of sentence embeddings",
+        "cosine of logits" if classifier else "cosine of sentence embeddings",
         logits if language_model else None,
         kind="text",
     )
+
+
+def _groups(order: Sequence[int], lengths: Sequence[int], size: int, most_tokens: int) -> list[list[int]]:
+    """Runs of `order` of at most `size` texts and, padded to the longest of them, `most_tokens` tokens (or of one text)."""
+    groups: list[list[int]] = []
+    longest = 0
+    for i in order:
+        longest = max(longest, lengths[i])
+        if groups and len(groups[-1]) < size and (len(groups[-1]) + 1) * longest <= most_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            longest = lengths[i]
+    return groups
+
+
+def longest_text(model: nn.Module) -> int:
+    """Tokens after which a text is cut: what the model takes, at most 256."""
+    return min(256, int(getattr(getattr(model, "config", None), "max_position_embeddings", 256) or 256))
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the model answers with one row of logits a text."""
+    return "ForSequenceClassification" in type(model).__name__
+
+
+def takes_padding(model: nn.Module) -> bool:
+    """Whether the model takes texts of several lengths at once; a classifier may need a padding token to tell them apart."""
+    config = getattr(model, "config", None)
+    return not is_classifier(model) or getattr(config, "pad_token_id", None) is not None
 
 
 def recombine(batch: Batch, generator: torch.Generator, neighbours: Neighbours | None) -> Batch:
@@ -342,8 +425,10 @@ class Neighbours:
 
 def pool(states: Tensor, mask: Tensor, pooling: str = "mean") -> Tensor:
     """Unit-length sentence embeddings (B, d) of hidden states (B, T, d) under mask (B, T)."""
-    if pooling == "cls":
-        return F.normalize(states[:, 0], dim=-1)
+    if pooling != "mean":
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        real = mask * (places if pooling == "last" else places.flip(0))
+        return F.normalize(states[torch.arange(len(states), device=states.device), real.argmax(1)], dim=-1)
     weight = mask.unsqueeze(-1).to(states.dtype)
     return F.normalize((states * weight).sum(1) / weight.sum(1).clamp_min(1), dim=-1)
 
@@ -351,12 +436,8 @@ def pool(states: Tensor, mask: Tensor, pooling: str = "mean") -> Tensor:
 @torch.no_grad()
 def all_features(model: nn.Module, workload: Workload) -> Tensor:
     """(sequences, d) features of every batch, in the workload's order."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return torch.cat([workload.features(model, batch).float().cpu() for batch in workload.batches])
-    finally:
-        model.train(training)
 
 
 def agreement(before: Tensor, after: Tensor) -> dict[str, float]:
@@ -414,10 +495,7 @@ def language_agreement(
     """
     logits = workload.logits
     assert logits is not None
-    training = before.training, after.training
-    before.eval()
-    after.eval()
-    try:
+    with evaluating(before, after):
         causal = _is_causal(before, workload) if causal is None else causal
         tokens, sums = 0, torch.zeros(5, dtype=torch.float64)
         for batch in workload.batches:
@@ -436,9 +514,6 @@ def language_agreement(
             sums[2] += float((pair[0].exp() * (pair[0] - pair[1])).sum(dtype=torch.float64))
             sums[3] += float((pair[0].argmax(-1) == pair[1].argmax(-1)).sum())
             tokens += len(pair[0])
-    finally:
-        before.train(training[0])
-        after.train(training[1])
     mean = (sums / max(tokens, 1)).tolist()
     perplexity = math.exp(min(mean[1], 700.0))
     spread = math.sqrt(max(mean[4] - (mean[1] - mean[0]) ** 2, 0.0) / max(tokens, 1))
@@ -453,14 +528,24 @@ def language_agreement(
 
 
 def _is_causal(model: nn.Module, workload: Workload) -> bool:
-    """Whether a prediction does not depend on the tokens after it; found by changing the last one."""
+    """Whether a prediction does not depend on the tokens after it; found by changing the last real one of a text.
+
+    Texts of fewer than three tokens say nothing; a model that is shown no other counts as one that sees them all.
+    """
     assert workload.logits is not None
-    batch = dict(workload.head(1))
-    first = workload.logits(model, batch)
-    ids = batch["input_ids"].clone()
-    ids[:, -1] = (ids[:, -1] + 1) % first.shape[-1]
-    changed = workload.logits(model, {**batch, "input_ids": ids})
-    return bool(torch.allclose(first[:, :-1], changed[:, :-1], rtol=1e-4, atol=1e-4 * float(first.std())))
+    for batch in workload.batches:
+        mask = workload.mask(batch)
+        real = torch.ones_like(batch["input_ids"]) if mask is None else mask
+        for row in (real.sum(1) > 2).nonzero()[:1, 0].tolist():
+            text = _cut(batch, slice(row, row + 1))
+            *earlier, last = real[row].nonzero()[:, 0].tolist()
+            first = workload.logits(model, text)
+            ids = text["input_ids"].clone()
+            ids[0, last] = (ids[0, last] + 1) % first.shape[-1]
+            changed = workload.logits(model, {**text, "input_ids": ids})[0, earlier]
+            first = first[0, earlier]
+            return bool(torch.allclose(first, changed, rtol=1e-4, atol=1e-4 * float(first.std())))
+    return False
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -30,14 +30,14 @@ class FeatureMajor(nn.Sequential):
         GramianError: a module of another kind, which may depend on the layout.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
-        for place, module in enumerate(modules):
-            if not isinstance(module, (nn.Linear, StructuredLinear, *ELEMENTWISE)):
-                raise GramianError(
-                    f"FeatureMajor: module {place} is a {type(module).__name__}; expected nn.Linear, StructuredLinear or "
-                    "an element-wise module such as nn.GELU"
-                )
-        super().__init__(*modules)
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ``nn.Module.add_module``, by which a sequence takes in all that it is given."""
+        if not isinstance(module, (nn.Linear, StructuredLinear, *ELEMENTWISE)):
+            raise GramianError(
+                f"FeatureMajor: module {name} is a {type(module).__name__}; expected nn.Linear, StructuredLinear or "
+                "an element-wise module such as nn.GELU"
+            )
+        super().add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         """From x (..., in) to (..., out), as the modules one after the other."""

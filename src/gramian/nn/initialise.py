@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.nn.structured_linear import StructuredLinear, as_linear
-from gramian.ops import Operator, structure
+from gramian.ops import Operator, Scaled, structure
+from gramian.ops.operator import check_size
 
 Layer = nn.Linear | StructuredLinear
+
+_SIZES: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""What ``structured`` was asked for, by layer."""
 
 
 def structured(
@@ -35,8 +41,10 @@ def structured(
         generator: of the random numbers.
         size: what the structure's ``sizes`` lists.
     """
+    check_size(structure(kind), size, (out_features, in_features))
     op = structure(kind).init((out_features, in_features), generator=generator, **size)
     layer = as_linear(op, torch.zeros(out_features) if bias else None)
+    _SIZES[layer] = size
     spectral_(layer)
     return layer
 
@@ -129,22 +137,33 @@ def identity_(layer: Layer, scale: float = 1.0) -> Layer:
     if isinstance(layer, nn.Linear):
         layer.weight.copy_(scale * eye)
         return layer
-    from gramian.fitting.multilinear import polish
-
-    size = _size(op)
-    start = type(op).fit(eye, **size) if type(op).fittable else op.to(dtype=torch.float64)
-    found = polish(start, eye, sweeps=30)
-    error = float((found.dense() - eye).norm() / eye.norm())
+    made = [found.to(dtype=layer.weight.dtype) for found in _identities(op, eye, _SIZES.get(layer) or _size(op))]
+    errors = [float((found.dense() - eye).norm() / eye.norm()) for found in made]
+    error = min(e if e == e else math.inf for e in errors)
     if error > 1e-5:
         raise GramianError(
             f"identity_: a {op.kind} of {out} x {in_} with {op.numel} numbers misses the identity by {error:.1e}; expected "
             "a structure that holds it, or use the layer in a residual branch with a small scale"
         )
-    factors = found.factors()
-    for name, value in factors.items():
-        layer._factor(name).copy_(value.to(layer.weight.dtype) if value.is_floating_point() else value)
+    for name, value in made[errors.index(error)].factors().items():
+        layer._factor(name).copy_(value)
     _scale(layer, scale)
     return layer
+
+
+def _identities(op: Operator, eye: Tensor, size: dict[str, Any]) -> Iterator[Operator]:
+    """Approximations of the identity by the very structure of `op`: from its own numbers, and from a fit of its size."""
+    from gramian.fitting.multilinear import polish
+
+    own = op.to(dtype=torch.float64)
+    yield polish(own, eye, sweeps=30)
+    if type(op).fittable:
+        fitted = type(op).fit(eye, **size)
+        if isinstance(fitted, Scaled) and abs(float(fitted.factor) - 1) < 1e-9:  # as of an orthogonal structure
+            fitted = fitted.base
+        if fitted.config() == own.config():
+            yield fitted
+            yield polish(fitted, eye, sweeps=30)
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
@@ -167,28 +186,51 @@ def _operator(layer: Layer) -> Operator:
 
 
 def _size(op: Operator) -> dict[str, Any]:
-    """The sizes that `op` was made with, as far as its own shape list knows them."""
+    """The sizes that `op` was made with: those that it has as attributes, else from its own list."""
     wanted = {name: tuple(value.shape) for name, value in op.factors().items()}
-    for keep in (op.numel / (op.shape[0] * op.shape[1]), 1.0, 2.0):
-        for size in type(op).sizes(op.shape, keep + 1e-9):
-            made = type(op).init(op.shape, **size)
-            if {name: tuple(value.shape) for name, value in made.factors().items()} == wanted:
-                return size
+    known = {name: getattr(op, name, None) for name in type(op).size_names() - op.factors().keys()}
+    known = {name: value for name, value in known.items() if value is not None}
+    listed = (
+        size for keep in (op.numel / (op.shape[0] * op.shape[1]), 2.0) for size in type(op).sizes(op.shape, keep + 1e-9)
+    )
+    for size in (known, *listed):
+        made = type(op).init(op.shape, **size)
+        if {name: tuple(value.shape) for name, value in made.factors().items()} == wanted:
+            return size
     return {}
 
 
 @torch.no_grad()
 def _scale(layer: Layer, factor: float) -> None:
-    """Multiply the matrix by `factor`, shared evenly among its matrix factors. A sum's terms count as one factor each."""
+    """Multiply the matrix by `factor`: each of its terms, evenly over the factors that are multiplied in it."""
     if isinstance(layer, nn.Linear):
         layer.weight.mul_(factor)
         return
-    before = layer.op
-    names = [name for name, value in before.trainable().items() if value.dim() >= 2] or list(before.trainable())
-    # The degree of the matrix in its factors: doubling all of them multiplies it by 2 ** degree.
-    probe = torch.ones(1, before.shape[1], dtype=before.dtype, device=before.device)
-    doubled = before.replace(**{name: 2 * before.factors()[name] for name in names}).apply(probe).norm()
-    base = before.apply(probe).norm()
-    degree = round(float((doubled / base).log2())) if float(base) > 0 else len(names)
-    for name in names:
-        layer._factor(name).mul_(factor ** (1 / max(degree, 1)))
+    op = layer.op
+    probe = torch.randn(8, op.shape[1], generator=torch.Generator().manual_seed(0)).to(op.device, op.dtype)
+    for names in _terms(op, probe):
+        rest = {name: torch.zeros_like(value) for name, value in op.trainable().items() if name not in names}
+        matrices = [name for name in names if op.factors()[name].dim() >= 2] or names
+        # The term's degree in its factors: doubling all of them multiplies it by 2 ** degree.
+        base = op.replace(**rest).apply(probe).norm()
+        doubled = op.replace(**rest, **{name: 2 * op.factors()[name] for name in matrices}).apply(probe).norm()
+        degree = round(float((doubled / base).log2())) if float(base) > 0 else len(matrices)
+        for name in matrices:
+            layer._factor(name).mul_(factor ** (1 / max(degree, 1)))
+
+
+def _terms(op: Operator, probe: Tensor) -> list[list[str]]:
+    """The names of trainable factors, those together that are multiplied with each other: without one of a term, the others
+    change nothing.
+    """
+    zeros = {name: torch.zeros_like(value) for name, value in op.trainable().items()}
+    terms: list[list[str]] = []
+    for name in zeros:
+        for term in terms:
+            first = op.replace(**{term[0]: zeros[term[0]]})
+            if torch.equal(first.apply(probe), first.replace(**{name: zeros[name]}).apply(probe)):
+                term.append(name)
+                break
+        else:
+            terms.append([name])
+    return terms

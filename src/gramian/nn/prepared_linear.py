@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gramian.execution import Prepared
-from gramian.nn.structured import Keeping, Kept, Structured, differentiable
+from gramian.modes import differentiable
+from gramian.nn.structured import Keeping, Kept, Structured
 from gramian.ops import Dense
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -81,11 +81,6 @@ class Keeping(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether autograd looks on at what is made from these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 class Structured(Keeping):
     """Owns the factors of an operator, as child modules named as in ``op.factors()``.
 
@@ -147,10 +142,10 @@ class Structured(Keeping):
 
     def _weights(self, prefix: str = "") -> list[Tensor] | None:
         """The tensors that hold the factors whose names start with `prefix`; None unless all are as they were made: no
-        adapter library has wrapped one, and no hook waits for a call. Runs in every product: past ``nn.Module``'s search
-        for attributes.
+        adapter or pruning library has taken one over, and no hook waits for a call. Runs in every product: past
+        ``nn.Module``'s search for attributes.
         """
-        found = []
+        found: list[Tensor] = []
         for name in self._shapes:
             if not name.startswith(prefix):
                 continue
@@ -159,8 +154,11 @@ class Structured(Keeping):
             if kind is not Factor and (kind is not nn.Linear or module._forward_pre_hooks or module._forward_hooks):
                 return None
             weight = module._parameters.get("weight")
-            found.append(module._buffers["weight"] if weight is None else weight)
-        return found  # type: ignore[return-value]
+            weight = module._buffers.get("weight") if weight is None else weight  # type: ignore[assignment]
+            if weight is None:
+                return None
+            found.append(weight)
+        return found
 
 
 def _attach(root: nn.Module, name: str, value: Tensor, trainable: bool, matrix: bool) -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
-from gramian.nn.structured import Structured, differentiable
+from gramian.modes import differentiable
+from gramian.nn.structured import Structured
 from gramian.ops import BlockLowRank, Dense, Operator, Quantized, from_config
 
 
@@ -63,8 +64,11 @@ class StructuredEmbedding(Structured):
         found = _rows(self.op, ids)
         if found is None:
             weights, table = self._weights(), None
-            if weights is not None and not torch.compiler.is_compiling() and not differentiable(*weights):
-                table = self._kept.get(weights, lambda: self.op.dense())
+            if weights is not None and not torch.compiler.is_compiling():
+                if differentiable(*weights):
+                    self._kept.clear()
+                else:
+                    table = self._kept.get(weights, lambda: self.op.dense())
             found = F.embedding(ids, self.op.dense() if table is None else table)
         if self.padding_idx is not None and found.requires_grad:
             found = torch.where((ids == self.padding_idx)[..., None], found.detach(), found)
@@ -103,7 +107,8 @@ def lookup_flops(op: Operator) -> int:
 
 
 def _plain(table: Tensor, padding_idx: int | None) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(table.detach().clone(), freeze=False, padding_idx=padding_idx)  # type: ignore[no-any-return, no-untyped-call]
+    rows = table.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=padding_idx)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def as_embedding(op: Operator, padding_idx: int | None = None) -> nn.Embedding | StructuredEmbedding:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.execution import Prepared
-from gramian.nn.structured import Structured, differentiable
+from gramian.modes import differentiable
+from gramian.nn.structured import Structured
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
 
@@ -96,7 +97,10 @@ class StructuredLinear(Structured):
         weights = self._weights()
         if weights is None:
             raise GramianError("a feature-major product cannot run through wrapped factors; use forward()")
-        if torch.compiler.is_compiling() or differentiable(x, self.bias, *weights):
+        if torch.compiler.is_compiling():
+            y = self.op.apply_columns(x)
+        elif differentiable(x, self.bias, *weights):
+            self._kept.clear()
             y = self.op.apply_columns(x)
         else:
             y = self._ready(weights).columns(x)
@@ -153,7 +157,7 @@ def as_linear(op: Operator, bias: Tensor | None = None) -> nn.Linear | Structure
         return StructuredLinear(op, bias)
     out, in_ = op.shape
     layer = nn.Linear(in_, out, bias is not None, device="meta")
-    layer.weight = nn.Parameter(op.weight.detach().clone())
+    layer.weight = nn.Parameter(op.weight.detach().clone(memory_format=torch.contiguous_format))
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone())
     return layer

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
+from gramian.nn.exchange import exchange
 from gramian.nn.initialise import linear_layers
+from gramian.nn.prepared_linear import PreparedLinear
 from gramian.nn.structured_linear import StructuredLinear, as_linear
 
 
@@ -117,7 +119,7 @@ def guide(model: nn.Module, steps: int, *, share: float = 0.5, skip: bool = Fals
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, StructuredLinear)
-        model.set_submodule(name, SelfGuided(layer, steps, share=share, skip=skip))
+        exchange(model, layer, SelfGuided(layer, steps, share=share, skip=skip))
     return names
 
 
@@ -131,7 +133,7 @@ def unguide(model: nn.Module) -> list[str]:
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, SelfGuided)
-        model.set_submodule(name, module.layer)
+        exchange(model, module, module.layer)
     return names
 
 
@@ -153,7 +155,7 @@ def to_dense(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
             raise GramianError(f"to_dense: {name!r} is not a structured layer; expected one of {', '.join(found)}")
         layer = model.get_submodule(name)
         assert isinstance(layer, StructuredLinear)
-        model.set_submodule(name, layer.to_linear())
+        exchange(model, layer, layer.to_linear())
     return chosen
 
 
@@ -173,12 +175,14 @@ def to_structured(
     """
     from gramian.fitting import fit
 
-    layers = {name: layer for name, layer in linear_layers(model) if isinstance(layer, nn.Linear)}
+    # No subclass but our own: a module that holds one may read its weight past its forward, as nn.MultiheadAttention does.
+    layers = {name: layer for name, layer in linear_layers(model) if type(layer) in (nn.Linear, PreparedLinear)}
     chosen = dict.fromkeys(layers, size) if sizes is None else dict(sizes)
     for name, own in chosen.items():
         if name not in layers:
             raise GramianError(f"to_structured: {name!r} is not an nn.Linear; expected one of {', '.join(layers)}")
         layer = layers[name]
+        assert isinstance(layer, nn.Linear)
         op = fit(layer.weight.detach(), kind, **own).op
-        model.set_submodule(name, as_linear(op, None if layer.bias is None else layer.bias.detach()))
+        exchange(model, layer, as_linear(op, None if layer.bias is None else layer.bias.detach()))
     return list(chosen)

@@ -26,8 +26,20 @@ def transpose(op: Operator) -> Operator:
     return op.T
 
 
-def scale(op: Operator, factor: float | Tensor) -> Operator:
-    """``factor * op``, folded into a factor of `op` where that is exact."""
+def scale(op: Operator, factor: complex | Tensor) -> Operator:
+    """``factor * op``, folded into a factor of `op` where that is exact.
+
+    Raises:
+        GramianError: not a number or a tensor of shape (); a complex number times a real operator.
+    """
+    if not isinstance(factor, int | float | complex) and not (isinstance(factor, Tensor) and factor.dim() == 0):
+        found = f"a tensor {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor).__name__
+        raise GramianError(
+            f"{op.kind} * {found}; expected a number (products are written @, Diagonal(d) @ op scales rows)"
+        )
+    imaginary = factor.is_complex() if isinstance(factor, Tensor) else isinstance(factor, complex)
+    if imaginary and not op.dtype.is_complex:
+        raise GramianError(f"{op.kind} of {op.dtype} * a complex number; expected op.to(dtype=torch.complex64) first")
     # A Python number is folded as it is: making a tensor of it would cost more than the rest.
     value = factor.to(op.device, op.dtype) if isinstance(factor, Tensor) else factor
     if isinstance(op, Dense):
@@ -171,7 +183,7 @@ def trace(op: Operator) -> Tensor:
     if op.shape[0] != op.shape[1]:
         raise GramianError(f"trace: shape {op.shape}; expected a square operator")
     if isinstance(op, Sum):
-        return torch.stack([trace(part) for part in op.parts]).sum()
+        return torch.stack([trace(part).to(op.device, op.dtype) for part in op.parts]).sum()
     if isinstance(op, Scaled):
         return op.factor * trace(op.base)
     if isinstance(op, Kron) and op.left.shape[0] == op.left.shape[1]:
@@ -189,7 +201,7 @@ def diagonal(op: Operator) -> Tensor:
         k = min(op.shape)
         return (op.left[0][:k] * op.right[0][:, :k].mT).sum(1)
     if isinstance(op, Sum):
-        return torch.stack([diagonal(part) for part in op.parts]).sum(0)
+        return torch.stack([diagonal(part).to(op.device, op.dtype) for part in op.parts]).sum(0)
     if isinstance(op, Scaled):
         return op.factor * diagonal(op.base)
     return op.dense().diagonal()

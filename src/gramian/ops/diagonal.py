@@ -68,6 +68,8 @@ class Diagonal(Operator):
 
     @classmethod
     def init(cls, shape: tuple[int, int], *, generator: torch.Generator | None = None, **size: Any) -> Diagonal:
+        if shape[0] != shape[1]:
+            raise GramianError(f"diagonal needs a square matrix, found {tuple(shape)}")
         return cls(torch.randint(0, 2, (shape[0],), generator=generator).float() * 2 - 1)
 
     @classmethod

@@ -110,6 +110,10 @@ class LowRankQuantized(Sum):
         return cls((pair.replace(left=pair.left * half), rest.replace(scales=rest.scales * half)))
 
     @classmethod
+    def size_names(cls) -> set[str]:
+        return super().size_names() | Quantized.size_names()
+
+    @classmethod
     def sizes(cls, shape: tuple[int, int], keep: float) -> list[Size]:
         """As of ``Quantized``: what is rounded keeps a code an entry, so `keep` must be above one."""
         found: list[Size] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
@@ -89,6 +90,13 @@ class Operator:
         """The configurations that store at most ``keep * out * in`` numbers, largest first within a family."""
         raise GramianError(f"structure {cls.kind!r} has no list of sizes")
 
+    @classmethod
+    def size_names(cls) -> set[str]:
+        """The keyword arguments by which ``fit`` and ``init`` are told a size, or how to look for it."""
+        both = (inspect.signature(method).parameters.values() for method in (cls.fit, cls.init))
+        names = {p.name for parameters in both for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return names - {"gram_in", "gram_out", "generator"}
+
     # What is derived ---------------------------------------------------------------------------------------------
 
     def _walk(self, prefix: str = "") -> Iterator[tuple[str, Tensor, Operator, str]]:
@@ -169,11 +177,18 @@ class Operator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that ``apply`` computes in: that of the first floating-point factor (of its owner, when nested)."""
+        """The dtype that ``apply`` computes in: that of the first floating-point factor (of its owner, when nested); complex
+        where any factor is.
+        """
+        first: torch.dtype | None = None
         for _, tensor, owner, _ in self._walk():
-            if tensor.is_floating_point():
-                return tensor.dtype if owner is self else owner.dtype
-        return torch.get_default_dtype()
+            if not tensor.is_floating_point() and not tensor.is_complex():
+                continue
+            own = tensor.dtype if owner is self else owner.dtype
+            if own.is_complex:
+                return own if first is None else torch.promote_types(first, own)
+            first = first or own
+        return first or torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:
@@ -207,7 +222,8 @@ class Operator:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 # "float": the model's own dtype. A factor stored in another one (half-precision scales) keeps it.
-                dtype = "float" if value.dtype == self.dtype else str(value.dtype).removeprefix("torch.")
+                same = value.is_floating_point() and value.dtype == self.dtype
+                dtype = "float" if same else str(value.dtype).removeprefix("torch.")
                 out.setdefault("factors", {})[field.name] = [dtype, *value.shape]
             elif isinstance(value, Operator):
                 out[field.name] = value.config()
@@ -239,7 +255,7 @@ class Operator:
     def __neg__(self) -> Operator:
         return (-1.0) * self
 
-    def __mul__(self, factor: float | Tensor) -> Operator:
+    def __mul__(self, factor: complex | Tensor) -> Operator:
         from gramian.ops.algebra import scale
 
         return scale(self, factor)
@@ -295,6 +311,16 @@ def structure(kind: str) -> type[Operator]:
             "A checkpoint that names it may need a newer gramian"
         )
     return _REGISTRY[kind]
+
+
+def check_size(cls: type[Operator], size: Size, shape: tuple[int, int]) -> None:
+    """Raise a GramianError at a name in `size` that the structure would ignore."""
+    for name in size:
+        if name not in cls.size_names() and not any(name in known for known in cls.sizes(shape, 2.0)):
+            known = sorted(cls.size_names())
+            raise GramianError(
+                f"{cls.kind}: unknown size {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}"
+            )
 
 
 def from_config(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gramian.errors import GramianError
 from gramian.linalg import hadamard_transform, largest_power_of_two, solve
+from gramian.ops.bits import pack, unpack
 from gramian.ops.dense import Dense, spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -80,7 +81,7 @@ class Quantized(Operator):
 
     def with_codes(self, codes: Tensor, scales: Tensor) -> Quantized:
         """The same format with other integer codes (out, in) and scales (out, groups), stored in half precision."""
-        return self.replace(codes=_pack(codes, self.bits), scales=scales.to(self.scales.dtype))
+        return self.replace(codes=pack(codes, self.bits), scales=scales.to(self.scales.dtype))
 
     @property
     def rounds(self) -> int:
@@ -89,7 +90,7 @@ class Quantized(Operator):
 
     def _signs(self, dtype: torch.dtype) -> Tensor:
         """(rounds, in) of +-1."""
-        return _unpack(self.signs.reshape(self.rounds, -1), 1, self.columns).to(dtype) * 2 - 1
+        return unpack(self.signs.reshape(self.rounds, -1), 1, self.columns).to(dtype) * 2 - 1
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x S^T``: x (..., in) -> (..., in)."""
@@ -102,10 +103,10 @@ class Quantized(Operator):
 
     def rounded(self) -> Tensor:
         """Q: the rounded matrix (out, in), in rotated coordinates."""
-        codes = _unpack(self.codes, self.bits, self.columns)
+        codes = unpack(self.codes, self.bits, self.columns)
         levels = grid_levels(self.grid, self.bits).to(self.scales.device, self.dtype)
-        scales = self.scales.to(self.dtype).repeat_interleave(self.group, 1)[:, : self.columns]
-        return levels[codes] * scales
+        values = levels.index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
+        return values * _spread(self.scales.to(self.dtype), self.group, self.columns)
 
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(self.rotate(x), self.rounded().to(x.dtype))
@@ -222,9 +223,9 @@ class Quantized(Operator):
             better = (errors[1] < errors[0])[:, None]
             codes, scales = torch.where(better, rounded[0], codes), torch.where(better, rounded[1], scales)
         return cls(
-            _pack(codes, bits),
+            pack(codes, bits),
             scales.to(torch.float16),
-            _pack(signs, 1).flatten(),
+            pack(signs, 1).flatten(),
             in_,
             bits,
             group,
@@ -438,22 +439,3 @@ def _descend(w: Tensor, gram: Tensor, codes: Tensor, spread: Tensor, levels: Ten
         pull += gram[:, start:stop] @ moves
     codes.copy_(chosen.mT)
     return not torch.equal(before, chosen)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(rows, n) integers below 2^bits -> (rows, ceil(n bits / 8)) uint8, least significant bit first."""
-    rows, n = codes.shape
-    flat = ((codes[..., None] >> torch.arange(bits, device=codes.device)) & 1).reshape(rows, n * bits)
-    width = -(-n * bits // 8)
-    flat = F.pad(flat, (0, 8 * width - n * bits)).reshape(rows, width, 8)
-    return (flat << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
-
-
-def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of ``_pack``: (rows, n) int64."""
-    rows = packed.shape[0]
-    if bits == 8:
-        return packed.long()
-    flat = (packed[..., None].int() >> torch.arange(8, device=packed.device, dtype=torch.int32)) & 1
-    flat = flat.flatten(1)[:, : n * bits].reshape(rows, n, bits)
-    return (flat << torch.arange(bits, device=packed.device, dtype=torch.int32)).sum(-1)

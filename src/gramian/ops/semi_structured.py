@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
+from gramian.ops.bits import pack, unpack
 from gramian.ops.dense import Dense, spectral_normal
 from gramian.ops.operator import Operator, Size, register
 from gramian.ops.sparse import pursue
@@ -68,11 +69,8 @@ class SemiStructured(Operator):
 
     def dense(self) -> Tensor:
         out, wide = self.values.shape
-        bits = _bits(self.group)
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=self.positions.device)
-        places = (self.positions[..., None] >> shifts) & (2**bits - 1)
         groups = wide // self.kept
-        places = places.reshape(out, -1)[:, :wide].reshape(out, groups, self.kept)
+        places = unpack(self.positions, _bits(self.group), wide).reshape(out, groups, self.kept)
         full = self.values.new_zeros(out, groups, self.group)
         full = full.scatter(2, places.long(), self.values.reshape(out, groups, self.kept))
         return full.reshape(out, groups * self.group)[:, : self.columns]
@@ -110,7 +108,7 @@ class SemiStructured(Operator):
         ranked = chosen.to(torch.uint8) * group + torch.arange(group, device=mask.device).flip(0)
         places = ranked.topk(kept, 2).indices.sort(2).values
         values = F.pad(matrix * mask, (0, fill)).reshape(out, groups, group).gather(2, places)
-        return cls(values.reshape(out, -1), _pack(places.reshape(out, -1), _bits(group)), in_, kept, group)
+        return cls(values.reshape(out, -1), pack(places.reshape(out, -1), _bits(group)), in_, kept, group)
 
     @classmethod
     def fit(
@@ -177,10 +175,3 @@ def _check_pattern(kept: int, group: int) -> None:
 
 def _bits(group: int) -> int:
     return 2 if group <= 4 else 4 if group <= 16 else 8
-
-
-def _pack(places: Tensor, bits: int) -> Tensor:
-    """(out, n) integers below 2^bits -> (out, ceil(n bits / 8)) uint8."""
-    share = 8 // bits
-    padded = F.pad(places, (0, -places.shape[1] % share)).reshape(len(places), -1, share)
-    return (padded << torch.arange(0, 8, bits, device=places.device)).sum(2).to(torch.uint8)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gramian.errors import GramianError
 from gramian.linalg import weigh, weighted_error
+from gramian.modes import differentiable
 from gramian.ops.dense import spectral_normal
 from gramian.ops.operator import Operator, Size, register
 
@@ -112,7 +113,7 @@ def _inner_flops(g: Any, x: Any, index: Any, *rest: Any, **other: Any) -> int:
 
 class _Product(torch.autograd.Function):
     """``sparse_product`` with gradients that form no dense matrix: the transposed product for x, one inner product a
-    nonzero for the values. Gradients of gradients and ``torch.func`` work.
+    nonzero for the values. Gradients of gradients and ``vmap`` work; forward mode (``torch.func.jvp``) does not.
     """
 
     @staticmethod
@@ -208,9 +209,7 @@ def _tracked(*tensors: Tensor) -> bool:
     """Whether autograd or a transform of ``torch.func`` looks on: else the operation is called directly, which is
     60 microseconds faster.
     """
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch._C._are_functorch_transforms_active() or differentiable(*tensors)
 
 
 # The operator ----------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def _change(before: float | None, after: float | None, unit: str = "") -> str:
 def _headline(report: Json) -> str:
     size, kept, cost = report["size"], report["kept"], report["budget"]["cost"]
     name, unit = UNITS[cost]
-    whole = f"{_change(size['model_params_before'], size['model_params_after'])} parameters" if cost == "params" else ""
+    whole = f"{_change(size['model_params_before'], size['model_params_after'])} parameters" if cost != "bytes" else ""
     shown = [
         Tile(
             "Kept, chosen layers",

@@ -45,10 +45,11 @@ def summary(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print()
     unit = UNITS[budget["cost"]][0]
+    whole = "bytes" if budget["cost"] == "bytes" else "parameters"
     _line(
         console,
         "Kept",
-        f"{percent(kept['layers'])} of the chosen layers, {percent(kept['model'])} of the whole model ({unit})",
+        f"{percent(kept['layers'])} of the chosen layers ({unit}), {percent(kept['model'])} of the whole model ({whole})",
     )
     _line(console, "Budget", budget_text(budget), "" if budget["used"] <= budget["asked"] else "yellow")
     _line(console, "Quality", _quality(report["quality"]))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.files import atomic_directory
+from gramian.modes import evaluating
 from gramian.nn import parameter_groups, structured
 from gramian.nn.training import warm_up_cosine
 from gramian.sequence.inputs import MixerState
@@ -210,9 +211,7 @@ class SequenceModel(nn.Module):
                 f"generate: count {count}, temperature {temperature}, top {top}; expected count and temperature >= 0, "
                 "top >= 1"
             )
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             logits, state = self(prompt)
             logits, made = logits[:, -1], []
             done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -225,8 +224,6 @@ class SequenceModel(nn.Module):
                 if i + 1 == count or bool(done.all()):
                     break
                 logits, state = self.step(token, state)
-        finally:
-            self.train(training)
         return torch.stack(made, 1) if made else prompt[:, :0]
 
     # Files -----------------------------------------------------------------------------------------------------------
