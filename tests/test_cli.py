@@ -562,6 +562,7 @@ def test_data_that_is_no_text(
         (["--recipe", "svdllm"], ["unknown recipe 'svdllm'", "svd-llm"]),
         (["--recipe", "higgs", "--cost", "params"], ["higgs", "bytes"]),
         (["--max-memory", "much"], ["--max-memory 'much'", "8GB"]),
+        (["--max-memory", "8"], ["--max-memory '8' is 8 bytes", "8GB"]),
         (["--seed", "99999999999999999999"], ["--seed 99999999999999999999"]),
     ],
 )

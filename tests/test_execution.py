@@ -329,7 +329,10 @@ def test_bench_measures_and_reports(tmp_path: Path) -> None:
         (["--sizes", "many"], "--sizes 'many'"),
         (["--batches", "0"], "--batches '0'"),
         (["--dtypes", "int8"], "--dtypes int8"),
-        (["--sizes", "8", "--batches", "1", "--only", "nothing"], "no structure's name holds nothing"),
+        (
+            ["--sizes", "8", "--batches", "1", "--only", "low rank", "--only", "monrach"],
+            "no structure's name holds 'monrach'",
+        ),
     ],
 )
 def test_bench_refuses_bad_input(options: list[str], said: str, tmp_path: Path) -> None:

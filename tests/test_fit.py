@@ -114,3 +114,12 @@ def test_pivoted_nystrom_is_the_greedy_choice() -> None:
         schur = gram - gram[:, kept] @ torch.linalg.pinv(gram[kept][:, kept]) @ gram[kept]
         assert float(error[k]) == pytest.approx(float((weight * schur).sum()), rel=1e-3, abs=1e-4)
     assert sorted(order.tolist()) == list(range(24))
+
+
+def test_families_go_by_their_own_names() -> None:
+    w, g, h = problem(16, 16, 3)
+    low = fit(w, "low_rank", gram_in=g, gram_out=h, rank=3).op
+    assert torch.equal(low.dense(), fit(w, "block_low_rank", gram_in=g, gram_out=h, rank=3, blocks=(1, 1)).op.dense())
+    found = fit(w, "monarch", rank=1, blocks=(4, 4)).op
+    assert isinstance(found, BlockLowRank)
+    assert found.strided_rows

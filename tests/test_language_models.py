@@ -312,7 +312,7 @@ def test_the_job_reports_predictions_and_saves_ordinary_models(trained: Any, tmp
     tokenizer.save_pretrained(folder)
     data = tmp_path / "text.txt"
     data.write_text("\n\n".join([*calibration, *held_out]))
-    for recipe, keep in (("depth", 0.67), ("auto", 0.5), ("low-rank-clone", 0.5)):
+    for recipe, keep in (("depth", 0.67), ("auto", 0.5), ("low-rank-clone", 0.5), ("modegpt-uniform", 0.7)):
         out = tmp_path / recipe
         heal = 2 if recipe == "low-rank-clone" else 0
         settings = Settings(keep=keep, cost="params", recipe=recipe, heal=heal)
@@ -325,6 +325,12 @@ def test_the_job_reports_predictions_and_saves_ordinary_models(trained: Any, tmp
         again = transformers.AutoModelForCausalLM.from_pretrained(out)
         ordinary = getattr(again.config, "quantization_config", None) is None
         assert ordinary == (recipe != "auto")
+        assert (out / "plan.json").exists() == (recipe in ("auto", "modegpt-uniform"))
+        losses = (report["heal"] or {"loss": []})["loss"]
+        assert [step for step, _ in losses] == list(range(heal))
+        assert all(loss > 0 for _, loss in losses)
+        if recipe == "modegpt-uniform":
+            assert again.config.intermediate_size < model.config.intermediate_size
         assert report["kept"]["layers"] <= keep
         with torch.no_grad():
             again(**work(tokenizer, held_out[:2]).head(1))

@@ -461,6 +461,8 @@ def test_merge_errors() -> None:
         (dict(base=models[0]), "takes no base"),
         (dict(recipe="gram"), "needs data="),
         (dict(data=[[]]), "takes no data"),
+        (dict(share=0.2), "has no use for share"),
+        (dict(off_diagonal=0.5), "has no use for off_diagonal"),
         (dict(recipe="gram", data=[[torch.zeros(2, 10).double()]]), "1 sets of data for 2 models"),
     ):
         with pytest.raises(GramianError, match=words):

@@ -224,7 +224,8 @@ def test_memory_does_not_grow_with_depth(texts: list[str], tmp_path: Path) -> No
         assert done.code == 0, done.err
         peaks[depth] = int(note.read_text())
     assert sizes[8] > 40e6
-    assert peaks[32] - peaks[8] < 0.15 * (sizes[32] - sizes[8]), (peaks, sizes)
+    # In float32, what is new would be twice as many bytes; an allocator keeps some of what it was given back.
+    assert peaks[32] - peaks[8] < 0.25 * (sizes[32] - sizes[8]), (peaks, sizes)
 
 
 def test_half_precision_is_widened_and_written_as_it_was(texts: list[str], short: Path, tmp_path: Path) -> None:

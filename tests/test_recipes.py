@@ -694,3 +694,11 @@ def test_the_catalogue_is_complete_and_searchable() -> None:
         run_recipes(["nonsense"])
     assert resolve_recipe("auto").needs == "gradients, if they can be had"
     assert dataclasses.is_dataclass(RECIPES["svd"])
+
+
+def test_healing_that_has_nothing_to_train_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    data = [torch.randn(32, 128)]
+    with pytest.warns(UserWarning, match="trained nothing"):
+        gramian.compress(model, data, recipe="higgs", keep=0.3, heal_steps=2)

@@ -127,8 +127,8 @@ def _size(text: str | None) -> int | None:
         size = float(number) * units[unit]
     except (ValueError, KeyError):
         raise GramianError(f"--max-memory {text!r}: expected a size, e.g. 8GB or 500MB") from None
-    if not 0 < size < float("inf"):
-        raise GramianError(f"--max-memory {text!r}: expected more than nothing, e.g. 8GB")
+    if not 1e6 <= size < float("inf"):
+        raise GramianError(f"--max-memory {text!r} is {size:g} bytes: expected at least a megabyte, e.g. 8GB or 500MB")
     return int(size)
 
 
@@ -256,9 +256,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="dry run: nothing was done", show_header=False)
+    unit = {"params": "", "bytes": " bytes", "flops": " operations a token", "latency": " ns"}[facts["cost"]]
     for key in ("model", "layers", "cost", "total", "budget", "calibration_texts"):
         value = facts[key]
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        table.add_row(key.replace("_", " "), text + (unit if key in ("total", "budget") else ""))
     for what in ("disk", "memory"):
         table.add_row(
             what, f"{facts[f'{what}_needed'] / 1e6:,.0f} MB needed, {facts[f'{what}_free'] / 1e6:,.0f} MB free"

@@ -80,12 +80,13 @@ def exact(problem: Problem) -> list[Choice]:
 
 
 def uniform(problem: Problem) -> list[Choice]:
-    """The same share for every group.
+    """The same share for every group. Groups to which nothing can be done stay as they are, and the others make room for them.
 
     Raises:
         GramianError: a group cannot become so small (it is named).
     """
-    return _by_shares(problem, [problem.keep] * len(problem.groups))
+    free, keep = _room(problem)
+    return _by_shares(problem, torch.where(free, keep, 1.0).tolist())
 
 
 def measured(problem: Problem) -> list[Choice]:
@@ -107,15 +108,8 @@ def entropic(problem: Problem) -> list[Choice]:
     Raises:
         GramianError: a sensitivity is missing; a group cannot become as small as its share.
     """
+    free, keep = _room(problem)
     sizes = torch.tensor(problem.present, dtype=torch.float64)
-    least = [min(sum(min(c.cost for c in item) for item in branch) for branch in group) for group in problem.groups]
-    free = torch.tensor([a < b for a, b in zip(least, problem.present, strict=True)])
-    keep = float((problem.keep * sizes.sum() - sizes[~free].sum()) / sizes[free].sum()) if bool(free.any()) else 0.0
-    if keep <= 0:
-        raise GramianError(
-            f"keep {problem.keep:g} is out of reach: {int((~free).sum())} of {len(free)} groups of layers stay as they are; "
-            "ask for more or allow more structures"
-        )
     shares = torch.ones_like(sizes)
     shares[free] = entropic_shares(problem.scores()[free], keep, sizes=sizes[free])
     return _by_shares(problem, shares.tolist())
@@ -213,6 +207,24 @@ def entropic_shares(
             (middle, high) if float((weights * (middle * wish).clamp_max(limit)).sum()) < removed else (low, middle)
         )
     return 1 - (high * wish).clamp_max(limit)
+
+
+def _room(problem: Problem) -> tuple[Tensor, float]:
+    """Which groups can shrink (groups,), and the share of them that is left when the others stay as they are.
+
+    Raises:
+        GramianError: nothing is left.
+    """
+    sizes = torch.tensor(problem.present, dtype=torch.float64)
+    least = [min(sum(min(c.cost for c in item) for item in branch) for branch in group) for group in problem.groups]
+    free = torch.tensor([a < b for a, b in zip(least, problem.present, strict=True)])
+    keep = float((problem.keep * sizes.sum() - sizes[~free].sum()) / sizes[free].sum()) if bool(free.any()) else 0.0
+    if keep <= 0:
+        raise GramianError(
+            f"keep {problem.keep:g} is out of reach: {int((~free).sum())} of {len(free)} groups of layers stay as they are; "
+            "ask for more or allow more structures"
+        )
+    return free, keep
 
 
 def _knapsack(problem: Problem, groups: list[Group]) -> list[Choice]:

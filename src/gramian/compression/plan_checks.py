@@ -34,18 +34,12 @@ def check_sizes(chosen: Plan, layers: Mapping[str, Layer]) -> None:
     Raises:
         GramianError: which entry, and what is expected.
     """
-    if not chosen.entries:
-        raise GramianError(
-            "plan: no entries; expected at least one decision (a recipe that drops blocks leaves no plan)"
-        )
     check_plan(chosen, layers)
     if chosen.cost not in COSTS:
         raise GramianError(f"plan: unknown cost {chosen.cost!r}; expected one of {', '.join(COSTS)}")
     kinds = {kind: cls for kind, cls in structures().items() if cls.fittable}
     if not chosen.entries:
-        raise GramianError(
-            "plan: no entries; expected at least one decision (a recipe that drops blocks leaves no plan)"
-        )
+        raise GramianError("plan: no entries; expected at least one decision")
     for index, entry in enumerate(chosen.entries):
         kind, shapes = entry.structure, [layers[name].shape for name in entry.layers]
         where = f"plan: entry {index} ({', '.join(entry.layers)})"

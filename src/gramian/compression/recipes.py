@@ -40,8 +40,8 @@ class Recipe:
             names, workload, steps=, seed=, progress=)`` it changes `small` in place.
         steps: of that training where the user names none.
         run: "module:function" of a recipe that acts on modules and not on a plan's entries: called as ``run(model,
-            workload, keep=, cost=, heal_steps=, seed=, progress=)`` it returns a smaller model of the same kind, which is
-            saved in the format of the original.
+            workload, keep=, cost=, heal_steps=, seed=, progress=, note=)`` it returns a smaller model of the same kind, which
+            is saved in the format of the original; ``note`` is given (step, loss) of training.
     """
 
     name: str
@@ -221,7 +221,19 @@ _ALL = [
         "entropic",
         costs=PARAMETERS,
         departs="two-sided Grams; pivots in the place of leverage scores; the reader of the values is refitted at the end; a "
-        "share of the budget for each module, not for each block",
+        "share of the budget for each module, not for each block; heads and blocks get widths of their own, which no class of "
+        "transformers has: the result loads with gramian (recipe modegpt-uniform gives an ordinary model)",
+    ),
+    Recipe(
+        "modegpt-uniform",
+        "Lin et al. 2024 (MoDeGPT), its MLP part alone",
+        "neurons J and W_down C[:, J] C[J, J]^-1, as many in every block",
+        "neurons",
+        "two-sided",
+        "pivoted Nystrom",
+        costs=PARAMETERS,
+        departs="attention stays as it is; one width for all blocks: the result is an ordinary model of the same class, with a "
+        "smaller intermediate size",
     ),
     Recipe(
         "depth",

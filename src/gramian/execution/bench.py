@@ -6,6 +6,7 @@ import importlib.util
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramian.errors import GramianError, nearest
 from gramian.execution.calibration import best_seconds, stored
 from gramian.execution.forms import Prepared, predicted
 from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Operator, monarch, structures
@@ -38,7 +40,7 @@ class Row:
         chosen: seconds of the form that the execution plan picks, and its name.
         form: that name.
         bound: least possible seconds: operations at the best rate seen here, or the bytes of weights, input and output at
-            the memory's rate, whichever takes longer.
+            the rate at which so many are read here again and again, whichever takes longer.
         predicted: seconds that the cost model gives to the chosen form; NaN without a calibration.
         peers: seconds of other libraries and of the papers' own way of writing it, by name.
     """
@@ -96,17 +98,32 @@ def peak_rate(dtype: torch.dtype, n: int = 1024) -> float:
     return 2 * n**3 / min(best_seconds(partial(torch.mm, a, b)) for _ in range(3))
 
 
-def bandwidth() -> float:
-    """Bytes a second when reading a matrix that no cache holds, by whatever reads fastest."""
-    matrix, x = torch.randn(4096, 8192), torch.randn(8192)
-    reads = (partial(torch.mv, matrix, x), matrix.sum)
-    return matrix.numel() * 4 / min(best_seconds(read) for read in reads for _ in range(3))
+def read_rates() -> dict[int, float]:
+    """Bytes a second at which so many bytes are read again and again, by whatever reads fastest: what a cache holds comes
+    faster. No size's rate is below a larger one's.
+    """
+    found: dict[int, float] = {}
+    fastest = 0.0
+    for side in (8192, 4096, 2048, 1024, 512, 256):
+        matrix, x = torch.randn(side, side), torch.randn(side)
+        reads = (partial(torch.mv, matrix, x), matrix.sum)
+        fastest = max(fastest, matrix.nbytes / min(best_seconds(read) for read in reads for _ in range(3)))
+        found[matrix.nbytes] = fastest
+    return found
 
 
-def bound(op: Operator, batch: int, rate: float, memory: float) -> float:
-    """Least possible seconds of a product, see ``Row.bound``."""
-    item = op.dtype.itemsize
-    return max(op.flops(batch) / rate, (op.nbytes + batch * sum(op.shape) * item) / memory)
+def bound(op: Operator, batch: int, rate: float, reads: Mapping[int, float]) -> float:
+    """Least possible seconds of a product, see ``Row.bound``.
+
+    Args:
+        op: the structure as it runs.
+        batch: rows of x.
+        rate: operations a second.
+        reads: of ``read_rates``.
+    """
+    moved = op.nbytes + batch * sum(op.shape) * op.dtype.itemsize
+    place = max((size for size in reads if size <= moved), default=min(reads))
+    return max(op.flops(batch) / rate, moved / reads[place])
 
 
 def peers(op: Operator, x: Tensor) -> dict[str, Call]:
@@ -124,7 +141,9 @@ def peers(op: Operator, x: Tensor) -> dict[str, Call]:
         dense = op.dense()
         height, width = op.values.shape[2:]
         if dense.shape[0] % height == 0 and dense.shape[1] % width == 0:
-            stored_as = dense.to_sparse_bsr((height, width))
+            with warnings.catch_warnings():  # that its sparse tensors are in beta
+                warnings.simplefilter("ignore")
+                stored_as = dense.to_sparse_bsr((height, width))
             out["torch.sparse (BSR)"] = partial(F.linear, x, stored_as)
     if isinstance(op, KroneckerSum) and op.left.shape[0] == 1 and x.dtype == torch.float32:
         left, right = op.left[0], op.right[0]
@@ -197,24 +216,33 @@ def bench(
         dtypes: of weights and activations.
         names: only structures whose name holds one of these, in upper or lower case; all by default.
         progress: called with (done, total).
+
+    Raises:
+        GramianError: no structure's name holds one of `names`.
     """
-    memory = bandwidth()
+    made = {n: zoo(n) for n in sizes}
+    known = list(dict.fromkeys(name for found in made.values() for name in found))
+    if unknown := [name for name in names if not any(name.lower() in k.lower() for k in known)]:
+        raise GramianError(
+            f"no structure's name holds {unknown[0]!r}{nearest(unknown[0], known)}; known: {'; '.join(known)}"
+        )
+    reads = read_rates()
     rates = {dtype: peak_rate(dtype) for dtype in dtypes}
     out: list[Row] = []
     cases = [(n, dtype) for n in sizes for dtype in dtypes]
     for place, (n, dtype) in enumerate(cases):
-        chosen = {k: op for k, op in zoo(n).items() if not names or any(name.lower() in k.lower() for name in names)}
+        chosen = {k: op for k, op in made[n].items() if not names or any(name.lower() in k.lower() for name in names)}
         weight = (torch.randn(n, n) / n**0.5).to(dtype)
         for index, (name, plain) in enumerate(chosen.items()):
             op = plain.to(dtype=dtype)
             with torch.inference_mode():
-                out += [_row(name, op, weight, n, batch, rates[dtype], memory) for batch in batches]
+                out += [_row(name, op, weight, n, batch, rates[dtype], reads) for batch in batches]
             if progress is not None:
                 progress(place * len(chosen) + index + 1, len(cases) * len(chosen))
     return out
 
 
-def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: float, memory: float) -> Row:
+def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: float, reads: Mapping[int, float]) -> Row:
     x = torch.randn(batch, n).to(op.dtype)
     across = x.mT.contiguous()
     ready, model = Prepared(op), stored()
@@ -236,7 +264,7 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
         label += f", {str(form.dtype).removeprefix('torch.')}"
     return Row(
         name, n, batch, str(op.dtype).removeprefix("torch."), op.numel / n**2, took["dense"], took["rows"],
-        took["columns"], took["chosen"], label, bound(run, batch, rate, memory), seconds,
+        took["columns"], took["chosen"], label, bound(run, batch, rate, reads), seconds,
         {peer: took[peer] for peer in others},
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from gramian.errors import GramianError
 from gramian.fitting.multilinear import polish
 from gramian.linalg import weighted_error
 from gramian.ops import Operator, structure
-from gramian.ops.operator import check_size
+from gramian.ops.operator import Size, check_size
 
 CLOSED_FORM = frozenset(
     {
@@ -29,6 +29,9 @@ CLOSED_FORM = frozenset(
     }
 )
 """Structures whose own ``fit`` is already the optimum (or not multilinear): nothing to polish."""
+
+FAMILIES: dict[str, Size] = {"low_rank": {"blocks": (1, 1)}, "monarch": {"strided_rows": True}}
+"""Block low-rank matrices that the field knows by a name of their own, and what makes them so."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def fit(
 
     Args:
         weight: (out, in).
-        kind: a registered structure.
+        kind: a registered structure, or one of `FAMILIES`.
         gram_in: (in, in), its diagonal (in,), or None.
         gram_out: (out, out), its diagonal (out,), or None.
         sweeps: of polishing; 0 for none.
@@ -91,6 +94,8 @@ def fit(
             raise GramianError(f"{label}: NaN or Inf")
     if not bool(weight.isfinite().all()):
         raise GramianError("weight: NaN or Inf")
+    if kind in FAMILIES:
+        kind, size = "block_low_rank", {**FAMILIES[kind], **size}
     cls = structure(kind)
     check_size(cls, size, (out, in_))
     if cls.own_sweeps:

@@ -154,6 +154,11 @@ class Grams:
     def __contains__(self, name: object) -> bool:
         return name in self.layers
 
+    def __repr__(self) -> str:
+        gradients = "with" if any(layer.gradient is not None for layer in self.layers.values()) else "without"
+        tokens = max((layer.tokens for layer in self.layers.values()), default=0)
+        return f"Grams({len(self)} layers, {tokens} tokens, {gradients} gradients, {len(self.joints)} joints)"
+
     def merge(self, other: Grams) -> Grams:
         """Add the sums of another shard, collected with the same centres (``collect_layers(centres=...)``).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from gramian.compression.plan_checks import check_groups, check_plan, check_size
 from gramian.errors import GramianError
 from gramian.grams import Grams, Joint, LayerGrams, collect_layers
 from gramian.models.groups import find_groups
-from gramian.models.heal import Healing, heal
+from gramian.models.heal import NOTHING_TO_HEAL, Healing, heal
 from gramian.models.swap import replace_embedding, replace_linear
 from gramian.models.walk import Found, bias_of, check_finite, find_heads, find_layers, weight_of
 from gramian.models.workload import (
@@ -346,7 +347,8 @@ def compress(
     if heal_steps and changed:
         if work is None:
             raise GramianError("healing needs calibration data")
-        train(chosen, small, model, changed, work, Healing(steps=heal_steps, seed=seed), progress=progress)
+        if not train(chosen, small, model, changed, work, Healing(steps=heal_steps, seed=seed), progress=progress):
+            warnings.warn(NOTHING_TO_HEAL, stacklevel=2)
     return small
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ def clone(
     heal_steps: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
+    note: Callable[[int, float], None] | None = None,
 ) -> Module:
     """A smaller model of the same class, of hidden size ``keep d``.
 
@@ -61,6 +62,7 @@ def clone(
         heal_steps: steps of training; 0 for `STEPS`.
         seed: of the order of the text.
         progress: called with ("heal", step, steps).
+        note: called with (step, loss) of training.
 
     Raises:
         GramianError: not such a model.
@@ -85,7 +87,7 @@ def clone(
             value = gain * weights[name].mean().expand(narrow) if name in norms else start
             trained[name] = nn.Parameter(value.to(weights[name], copy=True))
     with evaluating(model):
-        _train(student, model, workload, weights, sides, norms, trained, heal_steps or STEPS, seed, progress)
+        _train(student, model, workload, weights, sides, norms, trained, heal_steps or STEPS, seed, progress, note)
     with torch.no_grad():
         for name, value in _projected(weights, sides, norms, trained).items():
             student.get_parameter(name).copy_(value)
@@ -227,6 +229,7 @@ def _train(
     steps: int,
     seed: int,
     progress: Progress | None,
+    note: Callable[[int, float], None] | None,
 ) -> None:
     """Train the projections against the teacher's predictions and the outputs of its linear layers.
 
@@ -272,6 +275,8 @@ def _train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         optimiser.step()
+        if note is not None:
+            note(step, float(loss.detach()))
         if progress is not None:
             progress("heal", step + 1, steps)
 

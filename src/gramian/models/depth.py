@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ def depth(
     heal_steps: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
+    note: Callable[[int, float], None] | None = None,
 ) -> Module:
     """A copy of `model` with as many blocks as the budget holds.
 
@@ -51,6 +52,7 @@ def depth(
         heal_steps: steps of distillation, of all linear layers of the blocks that are left.
         seed: of healing.
         progress: called with ("depth", blocks tried, blocks to try).
+        note: called with (step, loss) of healing.
 
     Returns:
         The copy; its attribute ``gramian_blocks`` holds the name of the list and the places that its blocks had.
@@ -85,7 +87,13 @@ def depth(
         layers = [f"{name}.{n}" for n, m in small.get_submodule(name).named_modules() if is_linear(m)]
         # Hidden states between blocks have no counterpart.
         ends = replace(workload, outputs=lambda m, batch: workload.outputs(m, batch)[:2])
-        tell = None if progress is None else lambda step, _: progress("heal", step + 1, heal_steps)
+
+        def tell(step: int, loss: float) -> None:
+            if progress is not None:
+                progress("heal", step + 1, heal_steps)
+            if note is not None:
+                note(step, loss)
+
         heal(small, model, layers, ends, Healing(steps=heal_steps, seed=seed), progress=tell)
     return small
 

@@ -22,6 +22,8 @@ from gramian.ops import BlockLowRank, Dictionary, Operator, Skeleton
 ANSWERS_KEPT = 2**31
 """Bytes of the teacher's answers that are kept; what goes beyond is asked for again when its turn comes."""
 
+NOTHING_TO_HEAL = "healing trained nothing: the layers that changed have neither factors nor a bias (rounded ones, say)"
+
 
 @dataclass(frozen=True)
 class Healing:

@@ -55,7 +55,7 @@ from gramian.models.api import (
 )
 from gramian.models.blocks import Shards, find_blocks
 from gramian.models.entries import entry_rows, layer_facts, module_row, nbytes, parameters, restored, stored
-from gramian.models.heal import Healing, heal
+from gramian.models.heal import NOTHING_TO_HEAL, Healing, heal
 from gramian.models.journal import (
     check_out,
     damaged,
@@ -356,6 +356,8 @@ class Job:
         if (s.heal or self.recipe.steps) and changed:
             unhealed = quality
             losses = self._stage("heal", lambda: self._heal(work, small, before_model, changed, calibration))
+            if not losses:
+                self.warnings.append(NOTHING_TO_HEAL)
             quality = self._stage("evaluate", lambda: agreement(reference, all_features(small, held_out)))
         speed = self._stage("evaluate", lambda: _speed(before_model, small, loaded))
         language = self._stage("evaluate", lambda: _language(before_model, small, held_out, loaded))
@@ -375,7 +377,12 @@ class Job:
         s, loaded = self.settings, self.loaded
         model = loaded.model
         options = {"keep": s.keep, "cost": s.cost, "heal_steps": s.heal, "seed": s.seed, "progress": self.progress}
-        small = self._stage("fit", lambda: called(self.recipe.run)(model, calibration, **options))
+        losses: list[tuple[int, float]] = []
+
+        def note(step: int, loss: float) -> None:
+            losses.append((step, loss))
+
+        small = self._stage("fit", lambda: called(self.recipe.run)(model, calibration, **options, note=note))
         held_out = loaded.workload(self._held_out())
         features = self._stage("evaluate", lambda: [all_features(m, held_out) for m in (model, small)])
         quality = agreement(*features) if features[0].shape == features[1].shape else None
@@ -385,7 +392,7 @@ class Job:
         budget = int(s.keep * sum(row[f"{s.cost}_before"] for row in rows))
         self.times["total"] = time.perf_counter() - started
         chosen = Plan(s.cost, s.keep, budget, [])
-        report = self._report(chosen, rows, small, quality, None, [], speed, held_out.name)
+        report = self._report(chosen, rows, small, quality, None, losses, speed, held_out.name)
         report["language"] = language
         self._stage("save", lambda: self._publish(work, small, chosen, report))
         return report
@@ -599,7 +606,8 @@ class Job:
         weights(transformer_folder(final) if self.loaded.sentence_transformer else final)
         size = sum(p.stat().st_size for p in final.rglob("*.safetensors"))
         report["size"]["file_after"] = size
-        write(final / "plan.json", chosen.to_json().encode())
+        if chosen.entries:  # a recipe that acts on the model as a whole leaves no plan to carry out again
+            write(final / "plan.json", chosen.to_json().encode())
         publish(work, final, self.out, report, self.render)
 
     def _report(

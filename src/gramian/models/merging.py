@@ -174,8 +174,8 @@ def merge(
     *,
     base: nn.Module | None = None,
     data: Sequence[Any] | None = None,
-    share: float = 0.5,
-    off_diagonal: float = 0.9,
+    share: float | None = None,
+    off_diagonal: float | None = None,
     seed: int = 0,
     tokenizer: Any = None,
 ) -> Module:
@@ -196,13 +196,14 @@ def merge(
         recipe: see above.
         base: what all were fine-tuned from; for "opcm".
         data: for the gram recipes, one set of calibration data (as ``collect`` takes it) for every model.
-        share: for "opcm"; see ``project_out``.
-        off_diagonal: for the gram recipes; see ``merge_by_grams``.
+        share: for "opcm", 0.5 by default; see ``project_out``.
+        off_diagonal: for the gram recipes, 0.9 by default; see ``merge_by_grams``.
         seed: of the gradients' probes.
         tokenizer: for texts.
 
     Raises:
-        GramianError: an unknown recipe, something it needs is missing, or models that differ in names or shapes.
+        GramianError: an unknown recipe, something it needs is missing or has no use for, or models that differ in names or
+            shapes.
     """
     if recipe not in RECIPES:
         raise GramianError(f"merge: recipe {recipe!r}{nearest(recipe, RECIPES)}; expected one of {', '.join(RECIPES)}")
@@ -216,6 +217,9 @@ def merge(
             f"merge: recipe {recipe!r} "
             + ("needs data=, one set for every model" if data is None else "takes no data; leave it out")
         )
+    for name, value, used in (("share", share, recipe == "opcm"), ("off_diagonal", off_diagonal, data is not None)):
+        if value is not None and not used:
+            raise GramianError(f"merge: recipe {recipe!r} has no use for {name}; leave it out")
     states = [dict(model.state_dict()) for model in models]
     for index, state in enumerate(states):
         for name in states[0] | state:
@@ -225,7 +229,9 @@ def merge(
                     f"merge: {name} is {found[0]} in model 0 and {found[1]} in model {index}; expected one architecture"
                 )
     if base is not None:
-        continual = ContinualMerge(_floating(base.state_dict()), _linear_names(base), share=share)
+        continual = ContinualMerge(
+            _floating(base.state_dict()), _linear_names(base), share=0.5 if share is None else share
+        )
         for state in states:
             continual.add(_floating(state))
         return _with_state(models[0], continual.merged())
@@ -237,7 +243,8 @@ def merge(
         if len(data) != len(models):
             raise GramianError(f"merge: {len(data)} sets of data for {len(models)} models; expected one for each")
         two_sided = recipe == "gram-two-sided"
-        merged |= dict(_gram_merged(models, data, two_sided, off_diagonal, seed, tokenizer))
+        shrunk = 0.9 if off_diagonal is None else off_diagonal
+        merged |= dict(_gram_merged(models, data, two_sided, shrunk, seed, tokenizer))
     return _with_state(models[0], merged)
 
 

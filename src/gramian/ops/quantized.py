@@ -317,7 +317,7 @@ def grid_error(grid: str, bits: int, group: int = 0) -> float:
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
-    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
 def _spread(scales: Tensor, group: int, columns: int) -> Tensor:

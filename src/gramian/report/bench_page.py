@@ -28,7 +28,8 @@ def bench_page(rows: Sequence[Row], machine: Mapping[str, Any], *, calibrated: b
         )
     about += note(
         "Speed-ups over torch's dense linear layer in the same dtype, medians of runs taken in turn. Bound: operations at "
-        "the rate of a large dense product, or weights and activations at the memory's rate, whichever takes longer. "
+        "the rate of a large dense product, or weights and activations at the rate at which so many bytes are read, whichever "
+        "takes longer. "
         "Feature-major: activations are (features, batch) on both sides, as in a chain of layers."
     )
     sections = [("", about), ("Speed-up over dense", grid(_figures(rows))), ("All figures", _table(rows))]
