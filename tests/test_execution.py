@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from gramian.execution import (
     calibration,
     candidates,
     choose,
+    forms,
+    onednn,
     predicted,
     trace,
     work,
@@ -36,7 +39,19 @@ from gramian.execution import (
 from gramian.execution.cost_model import features
 from gramian.execution.trees import Trees
 from gramian.nn import FeatureMajor, StructuredLinear, as_linear
-from gramian.ops import BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Skeleton, monarch
+from gramian.ops import (
+    Blast,
+    BlockDiagonal,
+    BlockLowRank,
+    BlockSparse,
+    Dense,
+    Operator,
+    Product,
+    Selection,
+    Skeleton,
+    Sum,
+    monarch,
+)
 
 FLOAT = torch.float32
 PASSES = ("copy", "index", "entrywise", "fourier")
@@ -226,6 +241,94 @@ def test_what_cannot_be_cut_runs_whole() -> None:
     (form,) = (form for form in candidates(op, FLOAT, 1) if form.cut)
     x = torch.randn(1, 8)
     torch.testing.assert_close(form.kernel(form.operator(op), FLOAT)(x, None), x @ op.dense().mT)
+
+
+def by_onednn(op: Operator, batch: int) -> list[Form]:
+    return [form for form in candidates(op, FLOAT, batch, by_onednn=True) if form.onednn]
+
+
+@pytest.mark.skipif(not onednn.present(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize(
+    ("op", "how"),
+    [
+        (Dense(torch.randn(24, 10, generator=seeded())), "always"),
+        (BlockLowRank.init((35, 10), rank=6, generator=seeded()), "always"),
+        (
+            Product(
+                (Selection(torch.arange(0, 30, 2, dtype=torch.int32), 31, scatter=True), Dense(torch.randn(15, 10)))
+            ),
+            "always",
+        ),
+        (BlockDiagonal.init((23, 10), blocks=3, generator=seeded(), strided_rows=True), "many"),
+        (BlockDiagonal.init((23, 10), blocks=4, generator=seeded(), strided_columns=True), "many"),
+        (BlockLowRank.init((22, 10), rank=2, blocks=(3, 4), generator=seeded(), strided_rows=True), "many"),
+        (Blast.init((22, 10), rank=5, blocks=(4, 3), generator=seeded()), "many"),
+        (monarch(torch.randn(2, 6, 5), torch.randn(4, 7, 3)), "many"),
+        (BlockDiagonal.init((10, 10), blocks=2, generator=seeded()) + BlockLowRank.init((10, 10), rank=3), "many"),
+        (BlockSparse.init((16, 10), keep=0.5, block=(4, 2)), "never"),
+    ],
+    ids=[
+        "dense",
+        "low rank",
+        "some rows",
+        "strided rows",
+        "strided columns",
+        "blocks",
+        "BLAST",
+        "Monarch",
+        "sum",
+        "sparse",
+    ],
+)
+def test_products_by_onednn(op: Operator, how: str, rows: int) -> None:
+    forms = [form for form in by_onednn(op, rows) if not form.dense or isinstance(op, Dense)]
+    assert len(forms) == (how == "always" or (how == "many" and rows > 16) or isinstance(op, Sum))
+    x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
+    for form in forms:
+        kernel = form.kernel(form.operator(op), FLOAT)
+        with torch.no_grad():
+            torch.testing.assert_close(kernel(x, bias), x @ op.dense().mT + bias, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(kernel(x[None], None), (x @ op.dense().mT)[None], rtol=1e-4, atol=1e-4)
+            assert kernel(x[:0], bias).shape == (0, op.shape[0])
+            with FlopCounterMode(display=False) as counter:
+                kernel(x, None)
+        meta = form.kernel(form.operator(op.to("meta")), FLOAT)
+        steps = [s for s in trace(lambda x, k=meta: k(x, None), (rows, 10), FLOAT) if isinstance(s, MatrixProduct)]
+        assert any(step.onednn for step in steps)
+        padded = sum(step.flops for step in steps)
+        assert padded == counter.get_total_flops() >= op.runtime().flops(rows) - rows * op.shape[0]
+        # Where gradients or function transforms look on, torch's own products.
+        y = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(kernel(y, None).sum(), y)
+        torch.testing.assert_close(found, op.dense().sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
+        mapped = torch.func.vmap(lambda x, k=kernel: k(x, None))(torch.stack([x, 2 * x]))
+        torch.testing.assert_close(mapped[1], 2 * kernel(x, None), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.func.jvp(lambda x, k=kernel: k(x, None), (x,), (x,))[1], kernel(x, None), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.skipif(not onednn.present(), reason="this torch has no oneDNN")
+def test_onednn_competes_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some processors it is twice as fast as torch's own choice; the calibration tells, and predictions follow it."""
+    model = pretended()
+    op = Dense(torch.randn(512, 512))
+    assert not any(form.onednn for form in forms.ranked(op, 512, FLOAT, model))
+    model.products["float32 onednn"] = [
+        (replace(p, onednn=True), s / 2) for p, s in model.products["float32"] if not p.left_transposed
+    ]
+    model = CostModel.from_json(json.loads(json.dumps(model.to_json())))
+    form, seconds = choose(op, 512, model=model)
+    assert form == Form(True, False, FLOAT, onednn=True)
+    assert seconds < 0.6 * predicted(op, Form(True, False, FLOAT), 512, FLOAT, model)
+    monkeypatch.setattr(calibration, "LARGEST_FLOPS", 2e7)
+    for gains in (True, False):
+        monkeypatch.setattr(calibration, "_onednn_gains", lambda gains=gains: gains)
+        measured = calibration.calibrate(budget=0.5)
+        rows = measured.products.get("float32 onednn", [])
+        assert all(p.onednn and (p.count == 1 or p.m >= onednn.GROUPED_ROWS) for p, _ in rows)
+        assert bool(rows) == gains
 
 
 def layers() -> list[nn.Module]:

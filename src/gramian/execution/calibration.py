@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
+from gramian.execution import onednn
 from gramian.execution.cost_model import CostModel
 from gramian.execution.work import MatrixProduct
 from gramian.ops.sparse import sparse_product
@@ -35,6 +37,8 @@ the products of `LONG` and more, which would take most of the time."""
 MOST_SHAPES = 1600
 AROUND = 2**23
 """Bytes of operands that products and passes are measured on in turn: more than the caches of one core hold."""
+WORTH = 0.9
+"""oneDNN is measured, and competes, where it takes at most this share of the time of torch's own choice."""
 LONG = 2e-3
 """Seconds of a call that is timed once, alone: its own length averages what disturbs it."""
 
@@ -105,8 +109,12 @@ def in_turn(calls: Sequence[Sequence[Callable[[], object]]], rounds: int = 3) ->
     return [min(seconds) for seconds in zip(*taken, strict=True)]
 
 
-def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS) -> MatrixProduct:
-    """A shape as structured layers have them: batches of small blocks, skinny and square products."""
+def random_product(
+    r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS, *, by_onednn: bool = False
+) -> MatrixProduct:
+    """A shape as structured layers have them: batches of small blocks, skinny and square products; those of oneDNN are of
+    rows of activations with weights (n, k), and blocks of more than a few rows.
+    """
     while True:
         count = 1 if r.random() < 0.6 else 2 ** r.randint(1, 6)
         m, n, k = (round(2 ** r.uniform(0 if axis == "m" and count == 1 else 2, 12)) for axis in "mnk")
@@ -116,7 +124,11 @@ def random_product(r: random.Random, dtype: torch.dtype, largest: float = LARGES
             m, n, k = (v if v < 8 else -(-v // 8) * 8 for v in (m, n, k))
         if r.random() < 0.5:
             m, n = n, m
-        product = MatrixProduct(count, m, n, k, r.random() < 0.3, r.random() < 0.5, False, dtype)
+        if by_onednn:
+            m = max(m, onednn.GROUPED_ROWS) if count > 1 else m
+            product = MatrixProduct(count, m, n, k, False, True, False, dtype, True)
+        else:
+            product = MatrixProduct(count, m, n, k, r.random() < 0.3, r.random() < 0.5, False, dtype)
         if 1e3 <= product.flops <= largest and product.nbytes <= 2e8:
             return product
 
@@ -125,6 +137,9 @@ def time_product(product: MatrixProduct, device: str = "cpu") -> float:
     """Seconds of one product. Five short groups say more than one of their length: what disturbs them comes and goes.
     Products of several operands in turn, as in a chain: with the same ones again and again, all lies in the nearest cache.
     """
+    if product.onednn:
+        with torch.inference_mode():
+            return best_seconds(_by_onednn(product), at_least=2e-4, repeats=5)
     multiply = torch.mm if product.count == 1 else torch.bmm
     pairs = []
     for _ in range(max(1, min(4, AROUND // product.nbytes))):
@@ -133,6 +148,34 @@ def time_product(product: MatrixProduct, device: str = "cpu") -> float:
         pairs.append((left[0], right[0]) if product.count == 1 else (left, right))
     with torch.inference_mode():
         return best_seconds(alternating(lambda pair: multiply(*pair), pairs), at_least=2e-4, repeats=5)
+
+
+def _by_onednn(product: MatrixProduct) -> Callable[[], object]:
+    """A call of it, on several operands in turn."""
+    pairs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
+    for _ in range(max(1, min(4, AROUND // product.nbytes))):
+        x = torch.full((product.m, product.count * product.k), 0.5)
+        values = torch.full((product.count, product.n, product.k), 0.5)
+        pairs.append((_plain(values[0]) if product.count == 1 else onednn.grouped(values), x))
+    return alternating(lambda pair: pair[0](pair[1]), pairs)
+
+
+def _plain(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    multiply = onednn.linear(weight)
+    return lambda x: multiply(x, None)
+
+
+def _onednn_gains() -> bool:
+    """Whether oneDNN multiplies float32 faster than torch's own choice, many rows or few."""
+    if not onednn.present():
+        return False
+    for m, n in ((512, 1024), (4, 2048)):
+        x, weight = torch.ones(m, n), torch.ones(n, n)
+        with torch.inference_mode():
+            ours, plain = in_turn([[partial(_plain(weight), x)], [partial(F.linear, x, weight)]])
+        if ours < WORTH * plain:
+            return True
+    return False
 
 
 def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: str) -> Tensor:
@@ -145,7 +188,8 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
     """Measure products and passes for about `budget` seconds, on the threads torch uses now.
 
     Args:
-        budget: seconds; three quarters go to float32, the rest to bfloat16 and memory traffic.
+        budget: seconds; three quarters go to float32 (shared with oneDNN where that gains), the rest to bfloat16 and memory
+            traffic.
         seed: of the shapes.
         progress: called with the share done.
     """
@@ -159,7 +203,10 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
     pace, passes, penalties = Pace(), _passes(), [_strided_penalty()]
     _measure(passes, pace)
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
-    for dtype, until in ((torch.bfloat16, 0.15), (torch.float32, 0.95)):
+    kinds = [(torch.bfloat16, False, 0.15), (torch.float32, False, 0.95)]
+    if _onednn_gains():
+        kinds = [(torch.bfloat16, False, 0.12), (torch.float32, False, 0.56), (torch.float32, True, 0.95)]
+    for dtype, by_onednn, until in kinds:
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
         start = time.perf_counter()
         share, again = until * budget - (start - begun), 0.0
@@ -167,7 +214,7 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
         seconds: list[list[float]] = []
         short: list[int] = []
         while len(shapes) < 24 or (time.perf_counter() - start + again < share and len(shapes) < MOST_SHAPES):
-            shape, before = random_product(r, dtype, largest), time.perf_counter()
+            shape, before = random_product(r, dtype, largest, by_onednn=by_onednn), time.perf_counter()
             took = time_product(shape)
             shapes.append(shape)
             seconds.append([pace.relative(took)])
@@ -180,7 +227,7 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
                 seconds[i].append(pace.relative(time_product(shapes[i])))
             tell()
         usual = [pace.usual * statistics.geometric_mean(values) for values in seconds]
-        products[str(dtype).removeprefix("torch.")] = list(zip(shapes, usual, strict=True))
+        products[shapes[0].kernels] = list(zip(shapes, usual, strict=True))
         _measure(passes, pace)
         penalties.append(_strided_penalty())
     rates: dict[str, list[tuple[float, float, float]]] = {}

@@ -21,7 +21,7 @@ from gramian.errors import GramianError
 from gramian.execution.trees import Trees
 from gramian.execution.work import INDEXED, MatrixProduct, Pass, Step
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class CostModel:
 
     Attributes:
         machine: what it was measured on (processor, threads, torch); see ``calibration.machine``.
-        products: measured matrix products and their seconds, by dtype name.
+        products: measured matrix products and their seconds, by ``MatrixProduct.kernels``.
         passes: (bytes, bytes side by side, seconds) of passes over memory, by kind: copy, index, entrywise, fourier, view.
         strided: how many times slower a product with a strided operand is.
-        rooflines: by dtype the roofline's three numbers; found when first needed.
+        rooflines: by the same the roofline's three numbers; found when first needed.
         settled: what was measured since then instead of predicted, for this process alone: the forms that ``Prepared`` found
             fastest, by kind and shapes of operator, dtype, batch and threads.
     """
@@ -99,14 +99,14 @@ class CostModel:
     @cached_property
     def _learned(self) -> dict[str, tuple[Roofline, Trees]]:
         out = {}
-        for dtype, rows in self.products.items():
+        for kernels, rows in self.products.items():
             seconds = torch.tensor([s for _, s in rows], dtype=torch.float64)
             shapes = [p for p, _ in rows]
-            known = self.rooflines.get(dtype)
+            known = self.rooflines.get(kernels)
             roofline = Roofline.learn(shapes, seconds) if known is None else Roofline(*known)
-            self.rooflines[dtype] = [roofline.start, roofline.rate, roofline.bandwidth]
+            self.rooflines[kernels] = [roofline.start, roofline.rate, roofline.bandwidth]
             bound = np.array([roofline.seconds(p) for p in shapes])
-            out[dtype] = (roofline, Trees.learn(_table(shapes), np.log(seconds.numpy() / bound)))
+            out[kernels] = (roofline, Trees.learn(_table(shapes), np.log(seconds.numpy() / bound)))
         return out
 
     def learn(self) -> None:
@@ -121,12 +121,12 @@ class CostModel:
         """Predicted seconds of the steps, one after the other."""
         steps = list(steps)
         total = sum(step.count * self._pass(step) for step in steps if isinstance(step, Pass))
-        by_dtype: dict[str, list[MatrixProduct]] = {}
+        alike: dict[str, list[MatrixProduct]] = {}
         for step in steps:
             if isinstance(step, MatrixProduct):
-                by_dtype.setdefault(str(step.dtype).removeprefix("torch."), []).append(step)
-        for dtype, products in by_dtype.items():
-            roofline, trees = self._learned[dtype if dtype in self._learned else "float32"]
+                alike.setdefault(step.kernels, []).append(step)
+        for kernels, products in alike.items():
+            roofline, trees = self._learned[kernels if kernels in self._learned else "float32"]
             factors = np.exp(trees(_table(products))).tolist()
             for product, factor in zip(products, factors, strict=True):
                 total += roofline.seconds(product) * factor * (self.strided if product.strided else 1.0)
@@ -150,8 +150,8 @@ class CostModel:
     def to_json(self) -> dict[str, Any]:
         """JSON-able; ``from_json`` gives it back."""
         rows = {
-            dtype: [{**asdict(p), "dtype": dtype, "seconds": s} for p, s in measured]
-            for dtype, measured in self.products.items()
+            kernels: [{**asdict(p), "dtype": str(p.dtype).removeprefix("torch."), "seconds": s} for p, s in measured]
+            for kernels, measured in self.products.items()
         }
         return {
             "version": VERSION,
@@ -174,12 +174,12 @@ class CostModel:
                 f"calibration of version {data.get('version')!r}; expected {VERSION}: run gramian bench --calibrate"
             )
         products = {
-            dtype: [
+            kernels: [
                 (MatrixProduct(**{k: v for k, v in row.items() if k not in ("seconds", "dtype")},
-                               dtype=getattr(torch, dtype)), float(row["seconds"]))
+                               dtype=getattr(torch, row["dtype"])), float(row["seconds"]))
                 for row in rows
             ]
-            for dtype, rows in data["products"].items()
+            for kernels, rows in data["products"].items()
         }  # fmt: skip
         passes = {kind: [(float(b), float(r), float(s)) for b, r, s in rows] for kind, rows in data["passes"].items()}
         return cls(dict(data["machine"]), products, passes, float(data["strided"]), dict(data["rooflines"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gramian.execution import onednn
 from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
+from gramian.execution.onednn import Grouped, Kernel
 from gramian.execution.work import trace
-from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection
+from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection, Sum
 
 DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
@@ -58,9 +60,6 @@ PIECES = 8
 SHAPES = 256
 """Of x, for which the kernel is known without counting rows: a microsecond a call."""
 
-Kernel = Callable[[Tensor, Tensor | None], Tensor]
-"""(x (..., in), bias (out,) or None) -> y (..., out)."""
-
 
 @dataclass(frozen=True)
 class Form:
@@ -73,12 +72,14 @@ class Form:
         dtype: computed in; another than the operator's where the machine has no fast kernel for that one.
         cut: for few rows of x: each matrix is cut into pieces of as many rows, multiplied as one batch. Libraries give few
             rows to one thread, or share them out badly; so cut, a product of 1 to 32 rows takes 1/2 to 4/5 of the time.
+        onednn: products by oneDNN, in float32 (``execution.onednn``).
     """
 
     dense: bool
     columns: bool
     dtype: torch.dtype
     cut: bool = False
+    onednn: bool = False
 
     def operator(self, op: Operator) -> Operator:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
@@ -86,7 +87,10 @@ class Form:
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
         """The product of ``runs``, as ``self.operator`` gave it, for x, bias and y of `dtype`."""
-        product = _columns(runs) if self.columns else _rows(runs, _cut if self.cut else _linear)
+        if self.onednn:
+            product = _rows(runs, onednn.linear, onednn.grouped)
+        else:
+            product = _columns(runs) if self.columns else _rows(runs, _cut if self.cut else _linear)
         if self.dtype == dtype:
             return product
         inner = self.dtype
@@ -123,25 +127,62 @@ def _pieces(weight: Tensor) -> int:
     return next((n for n in range(PIECES, 1, -1) if len(weight) % n == 0), 1)
 
 
-def _can_be_cut(op: Operator) -> bool:
-    """Whether ``_rows`` multiplies by a matrix that has pieces."""
-    pieces: list[int] = []
+def _matrices(op: Operator) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``_rows`` multiplies by: matrices, and stacks of blocks."""
+    plain: list[Tensor] = []
+    stacks: list[Tensor] = []
 
-    def note(weight: Tensor) -> Kernel:
-        pieces.append(_pieces(weight))
+    def linear(weight: Tensor) -> Kernel:
+        plain.append(weight)
         return _linear(weight)
 
-    _rows(op, note)
-    return any(count > 1 for count in pieces)
+    def grouped(values: Tensor) -> Grouped:
+        stacks.append(values)
+        return onednn.grouped(values)
+
+    _rows(op, linear, grouped)
+    return plain, stacks
 
 
-def _rows(op: Operator, linear: Callable[[Tensor], Kernel]) -> Kernel:
+def _rows(
+    op: Operator, linear: Callable[[Tensor], Kernel], grouped: Callable[[Tensor], Grouped] | None = None
+) -> Kernel:
     if isinstance(op, Dense):
         return linear(op.weight)
     if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
         left, right = linear(op.left[0]), linear(op.right[0])
         return lambda x, bias: left(right(x, None), bias)
-    return (_pair(op, linear) if isinstance(op, Product) else None) or _applied(op)
+    special = _pair(op, linear) if isinstance(op, Product) else None
+    if special is None and isinstance(op, Product | Sum):
+        kernels = [_rows(part, linear, grouped) for part in op.parts]
+        special = _chained(kernels[::-1]) if isinstance(op, Product) else _added(kernels)
+    elif special is None and grouped is not None:
+        special = onednn.blocks(op, grouped)
+    return special or _applied(op)
+
+
+def _chained(kernels: Sequence[Kernel]) -> Kernel:
+    """One after the other, the first first."""
+    *first, last = kernels
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        for kernel in first:
+            x = kernel(x, None)
+        return last(x, bias)
+
+    return product
+
+
+def _added(kernels: Sequence[Kernel]) -> Kernel:
+    first, *rest = kernels
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        y = first(x, bias)
+        for kernel in rest:
+            y = y + kernel(x, None)
+        return y
+
+    return product
 
 
 def _pair(op: Product, linear: Callable[[Tensor], Kernel]) -> Kernel | None:
@@ -183,7 +224,7 @@ def _columns(op: Operator) -> Kernel:
     return product
 
 
-def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
+def candidates(op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: bool = False) -> list[Form]:
     """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major (for a single row both are
     the same), and cut where there are few rows.
 
@@ -191,17 +232,25 @@ def candidates(op: Operator, dtype: torch.dtype, batch: int = 0) -> list[Form]:
         op: any operator.
         dtype: of what comes in.
         batch: rows of x; 0 for many.
+        by_onednn: products of float32 by oneDNN too.
     """
     runs = op.to("meta").runtime()
-    plain = [True] if isinstance(runs, Dense) else [False, True]
+    ways = [True] if isinstance(runs, Dense) else [False, True]
     few = 1 <= batch <= FEW_ROWS
     out = []
     for kind in [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]:
-        for dense in plain:
+        for dense in ways:
             out += [Form(dense, False, kind)]
             matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs
             out += [Form(dense, True, kind)] if batch != 1 else []
-            out += [Form(dense, False, kind, True)] if few and _can_be_cut(matrix) else []
+            plain, stacks = _matrices(matrix)
+            out += [Form(dense, False, kind, cut=True)] if few and any(_pieces(weight) > 1 for weight in plain) else []
+            if (
+                by_onednn
+                and kind == dtype == torch.float32
+                and (plain or (stacks and not 1 <= batch < onednn.GROUPED_ROWS))
+            ):
+                out.append(Form(dense, False, kind, onednn=True))
     return out
 
 
@@ -240,7 +289,10 @@ def choose(
 def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel) -> dict[Form, float]:
     """Every form's predicted seconds, the fastest first."""
     light = op.to("meta")
-    seconds = {form: predicted(light, form, batch, dtype, model) for form in candidates(light, dtype, batch)}
+    forms = candidates(
+        light, dtype, batch, by_onednn=onednn.present() and any(k.endswith("onednn") for k in model.products)
+    )
+    seconds = {form: predicted(light, form, batch, dtype, model) for form in forms}
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 

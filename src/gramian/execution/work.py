@@ -29,6 +29,7 @@ class MatrixProduct:
         left_transposed, right_transposed: whether the operand's columns, not its rows, are contiguous in memory.
         strided: an operand is contiguous along neither axis, or the batch: a kernel must copy it or is slow.
         dtype: of the operands.
+        onednn: run by oneDNN (``execution.onednn``), not by torch's choice.
     """
 
     count: int
@@ -39,6 +40,12 @@ class MatrixProduct:
     right_transposed: bool
     strided: bool
     dtype: torch.dtype
+    onednn: bool = False
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels run it: the dtype's name, and the library where it is not torch's choice."""
+        return str(self.dtype).removeprefix("torch.") + (" onednn" if self.onednn else "")
 
     @property
     def flops(self) -> int:
@@ -99,7 +106,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         tensors = [a for a in _flat(args) if isinstance(a, Tensor)]
         formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
-        if name in _PRODUCTS:
+        if name == "_linear_pointwise" or name.endswith("convolution"):
+            self.steps.append(_by_onednn(*tensors[:2]))
+        elif name in _PRODUCTS:
             self.steps.append(_product(name, tensors))
         elif formula is not None:
             # An operation of our own that goes entry by entry: a number is read a multiply-add, over and over from what it
@@ -136,6 +145,17 @@ def _product(name: str, tensors: list[Tensor]) -> MatrixProduct:
     return MatrixProduct(
         count, m, n, k, orders[0] == "columns", orders[1] == "columns", "neither" in orders, left.dtype
     )
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> MatrixProduct:
+    """Of ``onednn.linear``, or ``onednn.grouped`` as a convolution."""
+    if weight.dim() == 2:
+        (n, k), count = weight.shape, 1
+        m = x.numel() // max(k, 1)
+    else:
+        k, count = weight.shape[1], x.shape[1] // weight.shape[1]
+        m, n = x.shape[2], weight.shape[0] // count
+    return MatrixProduct(count, m, n, k, False, True, False, weight.dtype, True)
 
 
 def _order(matrix: Tensor) -> str:
