@@ -17,7 +17,7 @@ from gramian.errors import GramianError
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 
 
-def run_calibrate(*, json_output: bool = False, budget: float = 16.0) -> None:
+def run_calibrate(*, json_output: bool = False, budget: float = 17.0) -> None:
     """Measure products and memory traffic for `budget` seconds; keep the cost model in the user's cache directory."""
     from gramian.execution import calibrate, save
 

@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError, nearest
-from gramian.execution.calibration import best_seconds, stored
-from gramian.execution.forms import Prepared, predicted
-from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Operator, monarch, structures
+from gramian.execution import onednn
+from gramian.execution.calibration import alternating, best_seconds, stored
+from gramian.execution.forms import EVICTED, Prepared, cold, copies, predicted
+from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, monarch, structures
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One structure at one size, batch and dtype; seconds are medians of interleaved runs.
+    """One structure at one size, batch and dtype; seconds are medians of interleaved runs. Of a few rows, where reading the
+    weights takes longest, all weights come from memory, as in generation.
 
     Attributes:
         name: of the structure.
@@ -93,9 +95,15 @@ def zoo(n: int, seed: int = 0) -> dict[str, Operator]:
 
 
 def peak_rate(dtype: torch.dtype, n: int = 1024) -> float:
-    """Operations a second of a dense product of n x n matrices; of large ones: the best that this machine does."""
+    """Operations a second of a dense product of n x n matrices, by whichever library is fastest; of large ones: the best that
+    this machine does.
+    """
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(best_seconds(partial(torch.mm, a, b)) for _ in range(3))
+    ways: list[Call] = [partial(torch.mm, a, b)]
+    if dtype == torch.float32 and onednn.present():
+        ways.append(partial(onednn.linear(b), a, None))
+    with torch.inference_mode():
+        return 2 * n**3 / min(best_seconds(way) for way in ways for _ in range(3))
 
 
 def read_rates() -> dict[int, float]:
@@ -248,23 +256,35 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
     ready, model = Prepared(op), stored()
     form = ready.settled(x)
     seconds = predicted(op, form, batch, op.dtype, model) if model else math.nan
-    others = peers(op, x)
     run = op.runtime()
+    from_memory = cold(op, batch)
+
+    def in_turn(operator: Operator, call: Callable[[Operator], Call]) -> Call:
+        """Of few rows, calls with copies of the weights one after the other."""
+        every = [call(each) for each in (copies(operator) if from_memory else [operator])]
+        for each in every:
+            each()  # forms are chosen in the first call
+        return alternating(lambda each: each(), every) if len(every) > 1 else every[0]
+
     calls: dict[str, Call] = {
-        "dense": partial(F.linear, x, weight),
-        "rows": partial(run.apply, x),
-        "columns": partial(run.apply_columns, across),
-        "chosen": partial(ready, x),
-        **others,
+        "dense": in_turn(Dense(weight), lambda each: partial(F.linear, x, each.dense())),
+        "rows": in_turn(run, lambda each: partial(each.apply, x)),
+        "columns": in_turn(run, lambda each: partial(each.apply_columns, across)),
+        "chosen": in_turn(op, lambda each: partial(ready if each is op else Prepared(each), x)),
     }
+    others = list(peers(op, x))
+    calls |= {peer: in_turn(op, lambda each, peer=peer: peers(each, x)[peer]) for peer in others}  # type: ignore[misc]
     took = interleaved(calls)
+    if from_memory:
+        reads = {EVICTED: reads[max(reads)]}
+    least = bound(run, batch, rate, reads)
     label = f"{'dense' if form.dense else 'structured'}, {'feature' if form.columns else 'row'}-major"
-    label += ", cut" if form.cut else ""
+    label += (", cut" if form.cut else "") + (", oneDNN" if form.onednn else "")
     if form.dtype != op.dtype:
         label += f", {str(form.dtype).removeprefix('torch.')}"
     return Row(
         name, n, batch, str(op.dtype).removeprefix("torch."), op.numel / n**2, took["dense"], took["rows"],
-        took["columns"], took["chosen"], label, bound(run, batch, rate, reads), seconds,
+        took["columns"], took["chosen"], label, least, seconds,
         {peer: took[peer] for peer in others},
     )  # fmt: skip
 

@@ -184,7 +184,7 @@ def _operand(count: int, rows: int, columns: int, transposed: bool, dtype: torch
     return torch.full((count, rows, columns), 0.5, dtype=dtype, device=device)
 
 
-def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float], None] | None = None) -> CostModel:
+def calibrate(*, budget: float = 17.0, seed: int = 0, progress: Callable[[float], None] | None = None) -> CostModel:
     """Measure products and passes for about `budget` seconds, on the threads torch uses now.
 
     Args:
@@ -205,7 +205,7 @@ def calibrate(*, budget: float = 15.0, seed: int = 0, progress: Callable[[float]
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
     kinds = [(torch.bfloat16, False, 0.15), (torch.float32, False, 0.95)]
     if _onednn_gains():
-        kinds = [(torch.bfloat16, False, 0.12), (torch.float32, False, 0.56), (torch.float32, True, 0.95)]
+        kinds = [(torch.bfloat16, False, 0.12), (torch.float32, False, 0.68), (torch.float32, True, 0.95)]
     for dtype, by_onednn, until in kinds:
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
         start = time.perf_counter()

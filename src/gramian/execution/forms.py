@@ -23,13 +23,16 @@ DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
 
 LEAST_GAIN = 0.9
-"""With one: leave the plain dense product for another form only where that takes at most this share of its time. Predictions
-are off by about as much."""
+"""With one: leave the plain dense product for another form only where that is predicted to take at most this share of its
+time. Predictions are off by about as much,"""
+
+LEAST_MEASURED_GAIN = 0.95
+"""and measurements by half of that."""
 
 FAR_AHEAD = 0.5
 """Of the plain dense product's predicted time: a form below it is taken without measuring, unless that costs little."""
 
-LITTLE = 1e-3
+LITTLE = 1e-2
 """Seconds of a dense product that is always measured."""
 
 RIVALS = 4
@@ -45,11 +48,13 @@ COLD_ROWS = 8
 """Up to so many rows reading the weights takes longest, and they are measured from memory,"""
 
 COLD_BYTES = 2**18
-"""where they are at least so many."""
+"""where those of the dense matrix are at least so many."""
 
 EVICTED = 2**26
 """For that the weights, and the dense matrix, are copied until each takes so many bytes, more than a processor's caches hold:
 as in a model, whose next product of the same weights comes after all others. The copies go when the form is chosen."""
+
+MOST_COPIES = 512
 
 FEW_ROWS = 64
 """Up to so many rows of x a product may run cut (``Form.cut``)."""
@@ -301,9 +306,14 @@ def _dense_by_operations(op: Operator) -> bool:
     return isinstance(runs, Dense) or runs.flops() > DENSE_ABOVE * 2 * op.shape[0] * op.shape[1]
 
 
-def _copies(op: Operator) -> list[Operator]:
-    """The operator and copies of it, in `EVICTED` bytes."""
-    again = range(1, EVICTED // op.nbytes)
+def cold(op: Operator, batch: int) -> bool:
+    """Whether a product of so many rows is measured with weights from memory."""
+    return batch <= COLD_ROWS and op.shape[0] * op.shape[1] * op.dtype.itemsize >= COLD_BYTES
+
+
+def copies(op: Operator) -> list[Operator]:
+    """The operator and copies of it, in `EVICTED` bytes, at most `MOST_COPIES`."""
+    again = range(1, min(EVICTED // max(op.nbytes, 1), MOST_COPIES))
     return [op, *(op.replace(**{name: factor.clone() for name, factor in op.factors().items()}) for _ in again)]
 
 
@@ -368,13 +378,15 @@ class Prepared:
             return forms[0]
         some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
         apart = Prepared(self.op, self._dtype)  # so that what is only measured is not kept
-        cold = few and self.op.nbytes >= COLD_BYTES
+        evicted = cold(self.op, _rows_of(x))
         with torch.no_grad():
             running = [apart._operator(form) for form in forms]
-            alike = {runs: _copies(runs) if cold else [runs] for runs in dict.fromkeys(running)}
+            alike = {runs: copies(runs) if evicted else [runs] for runs in dict.fromkeys(running)}
             kernels = [[form.kernel(o, self._dtype) for o in alike[r]] for form, r in zip(forms, running, strict=True)]
             took = in_turn([[partial(kernel, some, None) for kernel in each] for each in kernels])
-        return forms[min(range(len(forms)), key=took.__getitem__)]
+        seconds = dict(zip(forms, took, strict=True))
+        best = min(forms, key=seconds.__getitem__)
+        return plain if plain in seconds and seconds[best] > LEAST_MEASURED_GAIN * seconds[plain] else best
 
     def _operator(self, form: Form) -> Operator:
         place = (form.dense, form.dtype)
