@@ -215,7 +215,7 @@ def _model() -> dict[str, Any]:
                         if form.dense:
                             continue
                         kernel = form.kernel(form.operator(op), torch.float32)
-                        label = f"{name} n={n} B={batch} {'cut' if form.cut else 'columns' if form.columns else 'rows'}"
+                        label = f"{name} n={n} B={batch} {'columns' if form.columns else form.way}"
                         cases.append((label, predicted(op, form, batch, torch.float32, cost)))
                         calls.append(partial(best_seconds, partial(kernel, x, None)))
         took = in_rounds(calls, rounds=7)

@@ -179,7 +179,7 @@ def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "fastest", [Form(False, False, FLOAT), Form(True, False, FLOAT), Form(True, False, FLOAT, True)]
+    "fastest", [Form(False, False, FLOAT), Form(True, False, FLOAT), Form(True, False, FLOAT, "cut")]
 )
 def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fastest: Form) -> None:
     """Forms that are predicted close run against each other and the dense product, and the fastest is taken, in every layer
@@ -187,7 +187,7 @@ def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fast
     """
     model = pretended()
     monkeypatch.setattr("gramian.execution.forms.stored", lambda: model)
-    structured, cut, plain = Form(False, False, FLOAT), Form(True, False, FLOAT, True), Form(True, False, FLOAT)
+    structured, cut, plain = Form(False, False, FLOAT), Form(True, False, FLOAT, "cut"), Form(True, False, FLOAT)
     far = Form(False, True, FLOAT)
     order = {structured: 1.0, cut: 1.1, far: 9.0, plain: 9.5}
     monkeypatch.setattr("gramian.execution.forms.ranked", lambda *args: order)
@@ -223,7 +223,7 @@ def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fast
     ids=["dense", "low rank", "some rows", "some columns"],
 )
 def test_few_rows_may_run_cut(op: Operator, rows: int) -> None:
-    forms = [form for form in candidates(op, FLOAT, rows) if form.cut]
+    forms = [form for form in candidates(op, FLOAT, rows) if form.way == "cut"]
     assert {form.dense for form in forms} >= {isinstance(op, Dense)}
     x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
     for form in forms:
@@ -232,23 +232,19 @@ def test_few_rows_may_run_cut(op: Operator, rows: int) -> None:
         torch.testing.assert_close(kernel(x[None], None), (x @ op.dense().mT)[None])
         counts = [step.count for step in trace(partial(kernel, bias=None), (rows, 10), FLOAT) if hasattr(step, "m")]
         assert max(counts) > 1, "one batched product"
-    assert not any(form.cut for form in candidates(op, FLOAT, 65))
+    assert not any(form.way == "cut" for form in candidates(op, FLOAT, 65))
 
 
 def test_what_cannot_be_cut_runs_whole() -> None:
-    assert not any(form.cut for form in candidates(Dense(torch.randn(11, 4)), FLOAT, 1))
+    assert not any(form.way == "cut" for form in candidates(Dense(torch.randn(11, 4)), FLOAT, 1))
     op = BlockLowRank.init((11, 8), rank=4, generator=seeded())  # one of two factors can
-    (form,) = (form for form in candidates(op, FLOAT, 1) if form.cut)
+    (form,) = (form for form in candidates(op, FLOAT, 1) if form.way == "cut")
     x = torch.randn(1, 8)
     torch.testing.assert_close(form.kernel(form.operator(op), FLOAT)(x, None), x @ op.dense().mT)
 
 
-def by_onednn(op: Operator, batch: int) -> list[Form]:
-    return [form for form in candidates(op, FLOAT, batch, by_onednn=True) if form.onednn]
-
-
 @pytest.mark.skipif(not onednn.present(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [1, 5, 20])
 @pytest.mark.parametrize(
     ("op", "how"),
     [
@@ -281,9 +277,12 @@ def by_onednn(op: Operator, batch: int) -> list[Form]:
         "sparse",
     ],
 )
-def test_products_by_onednn(op: Operator, how: str, rows: int) -> None:
-    forms = [form for form in by_onednn(op, rows) if not form.dense or isinstance(op, Dense)]
-    assert len(forms) == (how == "always" or (how == "many" and rows > 16) or isinstance(op, Sum))
+def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> None:
+    every = candidates(op, FLOAT, rows, by_onednn=True)
+    forms = [form for form in every if form.way in ("turned", "onednn") and (not form.dense or isinstance(op, Dense))]
+    ways = [form.way for form in forms]
+    assert ("onednn" in ways) == (how == "always" or (how == "many" and rows > 16) or isinstance(op, Sum))
+    assert ("turned" in ways) == (how != "never" and rows < 9)
     x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
     for form in forms:
         kernel = form.kernel(form.operator(op), FLOAT)
@@ -295,7 +294,7 @@ def test_products_by_onednn(op: Operator, how: str, rows: int) -> None:
                 kernel(x, None)
         meta = form.kernel(form.operator(op.to("meta")), FLOAT)
         steps = [s for s in trace(lambda x, k=meta: k(x, None), (rows, 10), FLOAT) if isinstance(s, MatrixProduct)]
-        assert any(step.onednn for step in steps)
+        assert any(step.onednn for step in steps) == (form.way == "onednn")
         padded = sum(step.flops for step in steps)
         assert padded == counter.get_total_flops() >= op.runtime().flops(rows) - rows * op.shape[0]
         # Where gradients or function transforms look on, torch's own products.
@@ -314,13 +313,13 @@ def test_onednn_competes_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) 
     """On some processors it is twice as fast as torch's own choice; the calibration tells, and predictions follow it."""
     model = pretended()
     op = Dense(torch.randn(512, 512))
-    assert not any(form.onednn for form in forms.ranked(op, 512, FLOAT, model))
+    assert not any(form.way == "onednn" for form in forms.ranked(op, 512, FLOAT, model))
     model.products["float32 onednn"] = [
         (replace(p, onednn=True), s / 2) for p, s in model.products["float32"] if not p.left_transposed
     ]
     model = CostModel.from_json(json.loads(json.dumps(model.to_json())))
     form, seconds = choose(op, 512, model=model)
-    assert form == Form(True, False, FLOAT, onednn=True)
+    assert form == Form(True, False, FLOAT, "onednn")
     assert seconds < 0.6 * predicted(op, Form(True, False, FLOAT), 512, FLOAT, model)
     monkeypatch.setattr(calibration, "LARGEST_FLOPS", 2e7)
     for gains in (True, False):

@@ -12,7 +12,7 @@ from gramian.execution import Form
 from gramian.nn import PreparedLinear, StructuredLinear, prepare, unprepare
 from gramian.ops import BlockLowRank
 
-CUT = Form(True, False, torch.float32, True)
+CUT = Form(True, False, torch.float32, "cut")
 
 
 @pytest.fixture(autouse=True)

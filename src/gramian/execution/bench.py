@@ -279,7 +279,7 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
         reads = {EVICTED: reads[max(reads)]}
     least = bound(run, batch, rate, reads)
     label = f"{'dense' if form.dense else 'structured'}, {'feature' if form.columns else 'row'}-major"
-    label += (", cut" if form.cut else "") + (", oneDNN" if form.onednn else "")
+    label += "" if form.way == "plain" else f", {form.way}"
     if form.dtype != op.dtype:
         label += f", {str(form.dtype).removeprefix('torch.')}"
     return Row(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gramian.execution import onednn
+from gramian.execution import kernels, onednn
 from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
-from gramian.execution.onednn import Grouped, Kernel
+from gramian.execution.onednn import Kernel
 from gramian.execution.work import trace
-from gramian.ops import BlockLowRank, Dense, Operator, Product, Selection, Sum
+from gramian.ops import Dense, Operator
 
 DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
@@ -35,7 +33,7 @@ FAR_AHEAD = 0.5
 LITTLE = 1e-2
 """Seconds of a dense product that is always measured."""
 
-RIVALS = 4
+RIVALS = 6
 """At most so many of the forms that are predicted best are measured: of few rows in any case, of more"""
 
 CLOSE = 1.6
@@ -57,10 +55,10 @@ as in a model, whose next product of the same weights comes after all others. Th
 MOST_COPIES = 512
 
 FEW_ROWS = 64
-"""Up to so many rows of x a product may run cut (``Form.cut``)."""
+"""Up to so many rows of x a product may run "cut","""
 
-PIECES = 8
-"""Into so many a matrix is cut, or the next smaller number that divides its rows."""
+FEWER_ROWS = 8
+"""up to so many "turned" (``Form.way``)."""
 
 SHAPES = 256
 """Of x, for which the kernel is known without counting rows: a microsecond a call."""
@@ -75,16 +73,16 @@ class Form:
         columns: feature-major inside: ``(A x^T)^T``, transposing what comes in and goes out (by views where the kernel
             takes them).
         dtype: computed in; another than the operator's where the machine has no fast kernel for that one.
-        cut: for few rows of x: each matrix is cut into pieces of as many rows, multiplied as one batch. Libraries give few
-            rows to one thread, or share them out badly; so cut, a product of 1 to 32 rows takes 1/2 to 4/5 of the time.
-        onednn: products by oneDNN, in float32 (``execution.onednn``).
+        way: of a row-major product (``kernels.WAYS``). "plain" as torch does it. "cut", for few rows of x: each matrix is cut
+            into pieces of as many rows, multiplied as one batch; libraries give few rows to one thread, or share them out
+            badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. "turned", for fewer: pieces and blocks times
+            columns of x^T, which some libraries read weights faster for. "onednn": by oneDNN, in float32.
     """
 
     dense: bool
     columns: bool
     dtype: torch.dtype
-    cut: bool = False
-    onednn: bool = False
+    way: str = "plain"
 
     def operator(self, op: Operator) -> Operator:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
@@ -92,10 +90,7 @@ class Form:
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
         """The product of ``runs``, as ``self.operator`` gave it, for x, bias and y of `dtype`."""
-        if self.onednn:
-            product = _rows(runs, onednn.linear, onednn.grouped)
-        else:
-            product = _columns(runs) if self.columns else _rows(runs, _cut if self.cut else _linear)
+        product = _columns(runs) if self.columns else kernels.rows(runs, kernels.WAYS[self.way])
         if self.dtype == dtype:
             return product
         inner = self.dtype
@@ -104,118 +99,6 @@ class Form:
             return product(x.to(inner), None if bias is None else bias.to(inner)).to(dtype)
 
         return cast
-
-
-def _linear(weight: Tensor) -> Kernel:
-    return lambda x, bias: F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
-
-
-def _cut(weight: Tensor) -> Kernel:
-    """As ``_linear``, cut; where the rows cannot be divided, the same."""
-    out, in_ = weight.shape
-    pieces = _pieces(weight)
-    if pieces == 1:
-        return _linear(weight)
-    blocks = weight.view(pieces, out // pieces, in_).mT
-
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = torch.bmm(x.reshape(1, -1, in_).expand(pieces, -1, -1), blocks)
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], out)
-        return y if bias is None else y + bias.to(y.dtype)
-
-    return product
-
-
-def _pieces(weight: Tensor) -> int:
-    if not weight.is_contiguous():
-        return 1
-    return next((n for n in range(PIECES, 1, -1) if len(weight) % n == 0), 1)
-
-
-def _matrices(op: Operator) -> tuple[list[Tensor], list[Tensor]]:
-    """What ``_rows`` multiplies by: matrices, and stacks of blocks."""
-    plain: list[Tensor] = []
-    stacks: list[Tensor] = []
-
-    def linear(weight: Tensor) -> Kernel:
-        plain.append(weight)
-        return _linear(weight)
-
-    def grouped(values: Tensor) -> Grouped:
-        stacks.append(values)
-        return onednn.grouped(values)
-
-    _rows(op, linear, grouped)
-    return plain, stacks
-
-
-def _rows(
-    op: Operator, linear: Callable[[Tensor], Kernel], grouped: Callable[[Tensor], Grouped] | None = None
-) -> Kernel:
-    if isinstance(op, Dense):
-        return linear(op.weight)
-    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-        left, right = linear(op.left[0]), linear(op.right[0])
-        return lambda x, bias: left(right(x, None), bias)
-    special = _pair(op, linear) if isinstance(op, Product) else None
-    if special is None and isinstance(op, Product | Sum):
-        kernels = [_rows(part, linear, grouped) for part in op.parts]
-        special = _chained(kernels[::-1]) if isinstance(op, Product) else _added(kernels)
-    elif special is None and grouped is not None:
-        special = onednn.blocks(op, grouped)
-    return special or _applied(op)
-
-
-def _chained(kernels: Sequence[Kernel]) -> Kernel:
-    """One after the other, the first first."""
-    *first, last = kernels
-
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        for kernel in first:
-            x = kernel(x, None)
-        return last(x, bias)
-
-    return product
-
-
-def _added(kernels: Sequence[Kernel]) -> Kernel:
-    first, *rest = kernels
-
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = first(x, bias)
-        for kernel in rest:
-            y = y + kernel(x, None)
-        return y
-
-    return product
-
-
-def _pair(op: Product, linear: Callable[[Tensor], Kernel]) -> Kernel | None:
-    """Some rows or some columns of a dense matrix: what is left when coordinates were chosen."""
-    if len(op.parts) != 2:
-        return None
-    left, right = op.parts
-    if isinstance(left, Selection) and isinstance(right, Dense) and left.scatter:
-        rows, index, size = linear(right.weight), left.index.long(), left.size
-
-        def scattered(x: Tensor, bias: Tensor | None) -> Tensor:
-            some = rows(x, None)
-            y = some.new_zeros(*x.shape[:-1], size).index_copy_(-1, index, some)
-            return y if bias is None else y + bias
-
-        return scattered
-    if isinstance(left, Dense) and isinstance(right, Selection) and not right.scatter:
-        columns, index = linear(left.weight), right.index
-        return lambda x, bias: columns(x.index_select(-1, index), bias)
-    return None
-
-
-def _applied(op: Operator) -> Kernel:
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = op.apply(x)
-        return y if bias is None else y + bias.to(y.dtype)
-
-    return product
 
 
 def _columns(op: Operator) -> Kernel:
@@ -231,7 +114,7 @@ def _columns(op: Operator) -> Kernel:
 
 def candidates(op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: bool = False) -> list[Form]:
     """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major (for a single row both are
-    the same), and cut where there are few rows.
+    the same), in every way that is for so many rows.
 
     Args:
         op: any operator.
@@ -241,21 +124,20 @@ def candidates(op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: b
     """
     runs = op.to("meta").runtime()
     ways = [True] if isinstance(runs, Dense) else [False, True]
-    few = 1 <= batch <= FEW_ROWS
     out = []
     for kind in [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]:
         for dense in ways:
             out += [Form(dense, False, kind)]
             matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs
             out += [Form(dense, True, kind)] if batch != 1 else []
-            plain, stacks = _matrices(matrix)
-            out += [Form(dense, False, kind, cut=True)] if few and any(_pieces(weight) > 1 for weight in plain) else []
-            if (
-                by_onednn
-                and kind == dtype == torch.float32
-                and (plain or (stacks and not 1 <= batch < onednn.GROUPED_ROWS))
-            ):
-                out.append(Form(dense, False, kind, onednn=True))
+            plain, stacks = kernels.multiplied(matrix)
+            if 1 <= batch <= FEW_ROWS and any(kernels.pieces(weight) > 1 for weight in plain):
+                out.append(Form(dense, False, kind, "cut"))
+            if 1 <= batch <= FEWER_ROWS and (plain or stacks):
+                out.append(Form(dense, False, kind, "turned"))
+            many = not 1 <= batch < onednn.GROUPED_ROWS
+            if by_onednn and kind == dtype == torch.float32 and (plain or (stacks and many)):
+                out.append(Form(dense, False, kind, "onednn"))
     return out
 
 

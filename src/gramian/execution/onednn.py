@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from gramian.modes import differentiable
-from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Operator
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
@@ -77,84 +76,6 @@ def grouped(values: Tensor) -> Grouped:
     return product
 
 
-def blocks(op: Operator, grouped: Callable[[Tensor], Grouped]) -> Kernel | None:
-    """The row-major product of a matrix of blocks, by `grouped`; None for any other operator."""
-    chain = _chain(op, grouped)
-    if chain is None:
-        return None
-
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.reshape(-1, x.shape[-1])
-        for step in chain:
-            y = step(y)
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return y if bias is None else y + bias.to(y.dtype)
-
-    return product
-
-
-def _chain(op: Operator, grouped: Callable[[Tensor], Grouped]) -> list[Callable[[Tensor], Tensor]] | None:
-    if isinstance(op, BlockDiagonal):
-        b, s, p = op.values.shape
-        return [
-            _gathered(b, p, op.columns, op.strided_columns),
-            grouped(op.values),
-            _scattered(b, s, op.rows, op.strided_rows),
-        ]
-    if isinstance(op, BlockLowRank):
-        (j, s, tk), (k, _, p) = op.left.shape, op.right.shape
-        t = tk // k
-        # The ranks of a block side by side: between the products, runs of t numbers move and not single ones.
-        left = op.left.reshape(j, s, t, k).mT.reshape(j, s, tk)
-
-        def between(z: Tensor) -> Tensor:
-            return z.reshape(-1, k, j, t).transpose(1, 2).reshape(-1, j * tk)
-
-        return [
-            _gathered(k, p, op.columns, op.strided_columns),
-            grouped(op.right),
-            between,
-            grouped(left),
-            _scattered(j, s, op.rows, op.strided_rows),
-        ]
-    if isinstance(op, Blast):
-        (i, s, r), (k, _, p) = op.left.shape, op.right.shape
-
-        def mixed(z: Tensor) -> Tensor:
-            z = op.scales @ z.reshape(-1, k, r).permute(2, 1, 0)  # (r, I, B)
-            return z.permute(2, 1, 0).reshape(-1, i * r)
-
-        return [
-            _gathered(k, p, op.columns, False),
-            grouped(op.right),
-            mixed,
-            grouped(op.left),
-            _scattered(i, s, op.rows, False),
-        ]
-    return None
-
-
-def _gathered(count: int, width: int, columns: int, strided: bool) -> Callable[[Tensor], Tensor]:
-    """(B, columns) -> (B, count * width), block by block."""
-
-    def gather(x: Tensor) -> Tensor:
-        if count * width > columns:
-            x = F.pad(x, (0, count * width - columns))
-        return x.reshape(-1, width, count).mT.reshape(-1, count * width) if strided else x
-
-    return gather
-
-
-def _scattered(count: int, width: int, rows: int, strided: bool) -> Callable[[Tensor], Tensor]:
-    """(B, count * width), block by block -> (B, rows)."""
-
-    def scatter(y: Tensor) -> Tensor:
-        y = y.reshape(-1, count, width).mT.reshape(-1, count * width) if strided else y
-        return y[:, :rows] if rows < count * width else y
-
-    return scatter
-
-
 if present():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # type: ignore[untyped-decorator]
@@ -173,4 +94,4 @@ def _numbers(shape: tuple[int, ...]) -> int:
     return total
 
 
-__all__ = ["able", "blocks", "grouped", "linear", "present"]
+__all__ = ["able", "grouped", "linear", "present"]
