@@ -178,18 +178,18 @@ def reference() -> float:
     return 2 * 1024**3 / min(best_seconds(partial(torch.mm, a, a)) for _ in range(20))
 
 
-def model(attempts: int = 4) -> None:
+def model(runs: int = 5) -> None:
     """Calibrate, then predict unseen products and structured layers, and which of two is faster.
 
-    A shared machine changes its speed under way, by up to a factor of two. That no calibration can foresee: a run in which
-    the speed of a reference product moved by more than a tenth is made again, and the one in which it moved least is kept.
+    A shared machine changes its speed under way, by up to a factor of two, which no calibration can foresee: the medians
+    over a few runs are told, and every run.
     """
-    runs: list[dict[str, Any]] = []
-    while len(runs) < attempts and (not runs or runs[-1]["reference_moved"] >= 0.1):
-        runs.append(_model())
-        for name, value in runs[-1].items():
-            print(f"{name}: {value}")
-    write("structures_model", min(runs, key=lambda run: run["reference_moved"]) | {"runs": len(runs)})
+    found = [_model() for _ in range(runs)]
+    numbers = [name for name, value in found[0].items() if isinstance(value, float)]
+    medians = {name: round(statistics.median(run[name] for run in found), 4) for name in numbers}
+    for name, value in medians.items():
+        print(f"{name}: {value} (median of {[run[name] for run in found]})")
+    write("structures_model", {"median": medians, "runs": found})
 
 
 def _model() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""float32 products by oneDNN, which comes with torch beside its BLAST library.
+"""float32 products by oneDNN, which comes with torch beside its BLAS library.
 
 torch multiplies float32 matrices by MKL, which on processors of other makers than its own leaves half of the vector width
 unused. oneDNN, which torch uses for convolutions and for bfloat16, does not: there it is about twice as fast, at the same
