@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gramian.execution.bench import Row
+from gramian.execution.forms import COLD_ROWS
 from gramian.report.charts import COLOURS, GREY, Bar, Part, bars
 from gramian.report.page import Value, definitions, grid, note, number, page, table
 
@@ -30,6 +31,7 @@ def bench_page(rows: Sequence[Row], machine: Mapping[str, Any], *, calibrated: b
         "Speed-ups over torch's dense linear layer in the same dtype, medians of runs taken in turn. Bound: operations at "
         "the rate of a large dense product, or weights and activations at the rate at which so many bytes are read, whichever "
         "takes longer. "
+        f"Up to {COLD_ROWS} rows, weights come from memory, as in generation. "
         "Feature-major: activations are (features, batch) on both sides, as in a chain of layers."
     )
     sections = [("", about), ("Speed-up over dense", grid(_figures(rows))), ("All figures", _table(rows))]
