@@ -178,6 +178,25 @@ def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [1, 4, 128], "once for each power of two"
 
 
+def test_a_long_dense_product_does_not_run_against_forms_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pretended()
+    monkeypatch.setattr("gramian.execution.forms.stored", lambda: model)
+    plain, quick, other = (Form(True, False, FLOAT, way) for way in ("plain", "onednn", "turned"))
+    asked: list[int] = []
+
+    def pretended_seconds(calls: list[list[Callable[[], object]]]) -> list[float]:
+        asked.append(len(calls))
+        return [2.0, 1.0, 9.0][: len(calls)]
+
+    monkeypatch.setattr("gramian.execution.forms.in_turn", pretended_seconds)
+    for rows, forms_measured, best in ((4, 2, other), (100, 0, quick)):  # of few rows all others are measured
+        monkeypatch.setattr("gramian.execution.forms.ranked", lambda *args: {quick: 0.1, other: 0.2, plain: 1.0})
+        ready = Prepared(Dense(torch.randn(8, 6)))
+        assert ready.settled(torch.randn(rows, 6)) == best
+        assert sum(asked) == forms_measured
+        asked.clear()
+
+
 @pytest.mark.parametrize(
     "fastest", [Form(False, False, FLOAT), Form(True, False, FLOAT), Form(True, False, FLOAT, "cut")]
 )

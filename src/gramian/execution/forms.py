@@ -28,10 +28,10 @@ LEAST_MEASURED_GAIN = 0.95
 """and measurements by half of that."""
 
 FAR_AHEAD = 0.5
-"""Of the plain dense product's predicted time: a form below it is taken without measuring, unless that costs little."""
+"""Of the plain dense product's predicted time: forms below it are not measured against that, unless it costs little."""
 
 LITTLE = 1e-2
-"""Seconds of a dense product that is always measured."""
+"""Seconds of a plain dense product that is always measured."""
 
 RIVALS = 6
 """At most so many of the forms that are predicted best are measured: of few rows in any case, of more"""
@@ -252,10 +252,8 @@ class Prepared:
         order = ranked(self.op, 1 << _power(_rows_of(x)), self._dtype, model)
         fastest, plain = next(iter(order)), Form(True, False, self._dtype)
         few, ahead = _rows_of(x) <= COLD_ROWS, order[fastest] < FAR_AHEAD * order[plain] and order[plain] >= LITTLE
-        if ahead and not few:
-            return fastest
-        close = [form for form, seconds in order.items() if few or seconds <= CLOSE * order[fastest]]
-        forms = [form for form in close if not form.dense] if ahead else list(dict.fromkeys([*close[:RIVALS], plain]))
+        close = [form for form, seconds in order.items() if few or seconds <= CLOSE * order[fastest]][:RIVALS]
+        forms = [form for form in close if form != plain] if ahead else list(dict.fromkeys([*close, plain]))
         if len(forms) == 1:
             return forms[0]
         some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
