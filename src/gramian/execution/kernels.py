@@ -17,6 +17,9 @@ from gramian.execution import onednn
 from gramian.execution.onednn import Grouped, Kernel
 from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Sum
 
+FEW_ROWS = 8
+"""Up to so many rows, what a product reads and writes beside the weights hardly counts."""
+
 PIECES = 8
 """Into so many a matrix is cut, or the next smaller number that divides its rows."""
 
@@ -226,8 +229,12 @@ def _steps(op: Operator, grouped: Callable[[Tensor], Grouped]) -> list[Step] | N
         (i, s, r), (k, _, p) = op.left.shape, op.right.shape
 
         def mixed(z: Tensor) -> Tensor:
-            z = op.scales @ z.reshape(-1, k, r).permute(2, 1, 0)  # (r, I, B)
-            return z.permute(2, 1, 0).reshape(-1, i * r)
+            if len(z) <= FEW_ROWS:
+                z = op.scales @ z.reshape(-1, k, r).permute(2, 1, 0)  # (r, I, B)
+                return z.permute(2, 1, 0).reshape(-1, i * r)
+            # Turned as a whole, twice: products of views whose numbers lie apart take several times as long.
+            across = z.mT.contiguous().view(k, r, -1).transpose(0, 1)  # (r, K, B)
+            return (op.scales @ across).transpose(0, 1).reshape(i * r, -1).mT.contiguous()
 
         return [
             *_gathered(k, p, op.columns, False),
