@@ -259,9 +259,9 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
     run = op.runtime()
     from_memory = cold(op, batch)
 
-    def in_turn(operator: Operator, call: Callable[[Operator], Call]) -> Call:
+    def in_turn(operator: Operator, call: Callable[[Operator], Call], running: int = 0) -> Call:
         """Of few rows, calls with copies of the weights one after the other."""
-        every = [call(each) for each in (copies(operator) if from_memory else [operator])]
+        every = [call(each) for each in (copies(operator, running) if from_memory else [operator])]
         for each in every:
             each()  # forms are chosen in the first call
         return alternating(lambda each: each(), every) if len(every) > 1 else every[0]
@@ -270,7 +270,7 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
         "dense": in_turn(Dense(weight), lambda each: partial(F.linear, x, each.dense())),
         "rows": in_turn(run, lambda each: partial(each.apply, x)),
         "columns": in_turn(run, lambda each: partial(each.apply_columns, across)),
-        "chosen": in_turn(op, lambda each: partial(ready if each is op else Prepared(each), x)),
+        "chosen": in_turn(op, lambda each: partial(ready if each is op else Prepared(each), x), ready.nbytes(form)),
     }
     others = list(peers(op, x))
     calls |= {peer: in_turn(op, lambda each, peer=peer: peers(each, x)[peer]) for peer in others}  # type: ignore[misc]

@@ -193,9 +193,14 @@ def cold(op: Operator, batch: int) -> bool:
     return batch <= COLD_ROWS and op.shape[0] * op.shape[1] * op.dtype.itemsize >= COLD_BYTES
 
 
-def copies(op: Operator) -> list[Operator]:
-    """The operator and copies of it, in `EVICTED` bytes, at most `MOST_COPIES`."""
-    again = range(1, min(EVICTED // max(op.nbytes, 1), MOST_COPIES))
+def copies(op: Operator, running: int = 0) -> list[Operator]:
+    """The operator and copies of it, in `EVICTED` bytes, at most `MOST_COPIES`.
+
+    Args:
+        op: at least itself is in the list.
+        running: bytes of what each makes to run, where that is more.
+    """
+    again = range(1, min(EVICTED // max(op.nbytes, running, 1), MOST_COPIES))
     return [op, *(op.replace(**{name: factor.clone() for name, factor in op.factors().items()}) for _ in again)]
 
 
@@ -267,6 +272,10 @@ class Prepared:
         seconds = dict(zip(forms, took, strict=True))
         best = min(forms, key=seconds.__getitem__)
         return plain if plain in seconds and seconds[best] > LEAST_MEASURED_GAIN * seconds[plain] else best
+
+    def nbytes(self, form: Form) -> int:
+        """Bytes of what runs in a form."""
+        return self._operator(form).nbytes
 
     def _operator(self, form: Form) -> Operator:
         place = (form.dense, form.dtype)
