@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -54,6 +54,9 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    # What was exchanged last. gloo's threads let go of it some time after; were that the last reference, they would need
+    # Python for it, and a process that ends just then is aborted.
+    _held: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -82,6 +85,7 @@ class Ranks:
             dist.broadcast(size, 0)
             data = _tensor(content, int(size)) if self.first else torch.empty(int(size), dtype=torch.uint8)
             data = data.to(_device())
+            self._held[:] = [size, data]
             dist.broadcast(data, 0)
             return data.cpu().numpy().tobytes()
 
@@ -95,10 +99,13 @@ class Ranks:
             return [content]
         with _speaking(what):
             sizes = [torch.zeros((), dtype=torch.int64, device=_device()) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor(len(content), device=_device()))
+            own = torch.tensor(len(content), device=_device())
+            dist.all_gather(sizes, own)
             longest = max(int(size) for size in sizes)
             parts = [torch.empty(longest, dtype=torch.uint8, device=_device()) for _ in range(self.size)]
-            dist.all_gather(parts, _tensor(content, longest).to(_device()))
+            data = _tensor(content, longest).to(_device())
+            self._held[:] = [own, data, *sizes, *parts]
+            dist.all_gather(parts, data)
             return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def sum(self, grams: Grams) -> Grams:
