@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -23,8 +23,8 @@ from torch import nn
 
 from common import write
 from gramian.execution import CostModel, Prepared, calibrate, candidates, forget, predicted, save
-from gramian.execution.bench import bench, interleaved, peak_rate, peers, zoo
-from gramian.execution.calibration import Pace, alternating, best_seconds, random_product, time_product
+from gramian.execution.bench import bench, interleaved, peak_rate, peers, taking_turns, zoo
+from gramian.execution.calibration import Pace, best_seconds, random_product, time_product
 from gramian.execution.forms import cold, copies
 from gramian.nn import FeatureMajor, StructuredLinear
 from gramian.ops import Blast, BlockLowRank, Dense, Operator, structure
@@ -75,10 +75,9 @@ def rectangular() -> dict[str, float]:
                     ready = Prepared(op)
                     form = ready.settled(x)
                     few = cold(op, batch)
-                    matrices = copies(Dense(weight)) if few else [Dense(weight)]
-                    ops = copies(op, ready.nbytes(form)) if few else [op]
-                    dense = alternating(lambda matrix, x=x: F.linear(x, matrix.dense()), matrices)
-                    chosen = alternating(lambda ready, x=x: ready(x), [Prepared(each) for each in ops])
+                    dense = taking_turns(partial(F.linear, x, each.dense()) for each in copies(Dense(weight), few))
+                    ops = copies(op, few, ready.nbytes(form))
+                    chosen = taking_turns(partial(Prepared(each), x) for each in ops)
                     took = interleaved({"dense": dense, "chosen": chosen})
                 label = f"{kind} {out} x {in_} B={batch}"
                 found[label] = round(took["dense"] / took["chosen"], 3)
@@ -94,16 +93,10 @@ def decode(n: int = 2048, held: float = 256e6) -> None:
     """
     x = torch.randn(1, n)
 
-    def in_turn(runs: Iterable[Callable[[], object]]) -> Callable[[], object]:
-        every = list(runs)
-        for run in every:
-            run()  # forms are chosen in the first call
-        return alternating(lambda run: run(), every)
-
     matrices = [torch.randn(n, n) for _ in range(round(held / (4 * n * n)))]
-    calls = {"dense": in_turn(partial(F.linear, x, weight) for weight in matrices)}
-    calls["dense, ours"] = in_turn(partial(Prepared(Dense(weight)), x) for weight in matrices)
-    calls["a plain read"] = in_turn(matrix.sum for matrix in matrices)
+    calls = {"dense": taking_turns(partial(F.linear, x, weight) for weight in matrices)}
+    calls["dense, ours"] = taking_turns(partial(Prepared(Dense(weight)), x) for weight in matrices)
+    calls["a plain read"] = taking_turns(matrix.sum for matrix in matrices)
     nbytes = dict.fromkeys(calls, 4 * n * n)
     with torch.inference_mode():
         for name, op in zoo(n).items():
@@ -113,10 +106,10 @@ def decode(n: int = 2048, held: float = 256e6) -> None:
                 def made(op: Operator = op, copies: int = copies) -> list[Operator]:
                     return [op.replace(**{k: f.clone() for k, f in op.factors().items()}) for _ in range(copies)]
 
-                calls[name] = in_turn(partial(Prepared(each), x) for each in made())
+                calls[name] = taking_turns(partial(Prepared(each), x) for each in made())
                 nbytes[name] = op.nbytes
                 for peer in peers(op, x):
-                    calls[peer] = in_turn(peers(each, x)[peer] for each in made())
+                    calls[peer] = taking_turns(peers(each, x)[peer] for each in made())
                     nbytes[peer] = op.nbytes
         took = interleaved(calls, seconds=10.0)
     memory = 4 * n * n / took["a plain read"]

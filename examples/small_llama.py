@@ -48,11 +48,12 @@ SHAPE = {
 """The default model: 10.2 million parameters, 9.4 of them in the linear layers of its blocks."""
 
 
-def docstrings() -> Iterator[str]:
-    """Every docstring of the standard library, read from its source: nothing is imported."""
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(top-level module, docstring) for all of the standard library, read from its source: nothing is imported."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        if SKIPPED & set(path.relative_to(root).parts):
+        parts = path.relative_to(root).parts
+        if SKIPPED & set(parts):
             continue
         try:
             tree = ast.parse(path.read_bytes())
@@ -60,7 +61,7 @@ def docstrings() -> Iterator[str]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield inspect.cleandoc(ast.get_docstring(node) or "")
+                yield parts[0].removesuffix(".py"), ast.get_docstring(node) or ""
 
 
 def texts() -> tuple[list[str], list[str]]:
@@ -68,8 +69,8 @@ def texts() -> tuple[list[str], list[str]]:
     corpus = python_topics()
     held_out = set(corpus.held_out)
     seen: dict[str, None] = {}
-    for document in docstrings():
-        for paragraph in document.split("\n\n"):
+    for _, document in docstrings():
+        for paragraph in inspect.cleandoc(document).split("\n\n"):
             line = " ".join(paragraph.split())
             if len(line) >= 40 and line not in held_out:
                 seen[line] = None

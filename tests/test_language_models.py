@@ -61,6 +61,18 @@ def work(tokenizer: Any, texts: list[str]) -> Workload:
     return text_workload(tokenizer, texts, longest=48, language_model=True, batch_size=16)
 
 
+def random_tokens() -> Workload:
+    """One batch of 40 kinds of tokens, and nothing but logits."""
+    return Workload(
+        [{"input_ids": torch.randint(0, 40, (2, 8))}],
+        lambda m, b: m(**b),
+        lambda m, b: m(**b).logits.flatten(1),
+        lambda b: None,
+        lambda m, b: [m(**b).logits.flatten(0, 1)],
+        logits=lambda m, b: m(**b).logits,
+    )
+
+
 def test_the_example_resumes_and_is_cached(example: Any, trained: Any, tmp_path: Path) -> None:
     """A killed training ends with the same weights; a second call trains nothing."""
     shape = {"vocabulary": 300, "hidden": 32, "intermediate": 48, "layers": 1, "heads": 2, "key_value_heads": 1}
@@ -243,15 +255,7 @@ def test_clone_leaves_the_random_state_and_the_mode() -> None:
         attention_dropout=0.5,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    ids = torch.randint(0, 40, (2, 8))
-    data = Workload(
-        [{"input_ids": ids}],
-        lambda m, b: m(**b),
-        lambda m, b: m(**b).logits.flatten(1),
-        lambda b: None,
-        lambda m, b: [m(**b).logits.flatten(0, 1)],
-        logits=lambda m, b: m(**b).logits,
-    )
+    data = random_tokens()
     before = torch.get_rng_state()
     made = [clone(model.train(mode), data, heal_steps=2) for mode in (True, False)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -265,15 +269,7 @@ def test_clone_leaves_the_random_state_and_the_mode() -> None:
 def test_clone_refuses_what_it_cannot_do() -> None:
     config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     model = transformers.GPT2LMHeadModel(config)
-    ids = torch.randint(0, 40, (2, 8))
-    plain = Workload(
-        [{"input_ids": ids}],
-        lambda m, b: m(**b),
-        lambda m, b: m(**b).logits.flatten(1),
-        lambda b: None,
-        lambda m, b: [m(**b).logits.flatten(0, 1)],
-        logits=lambda m, b: m(**b).logits,
-    )
+    plain = random_tokens()
     with pytest.raises(GramianError, match="modegpt"):
         clone(model, plain)
 

@@ -25,3 +25,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether autograd looks on at what is made from these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def tracked(*tensors: Tensor) -> bool:
+    """Whether autograd, or a transform of ``torch.func``, looks on at what is made from these."""
+    return torch._C._are_functorch_transforms_active() or differentiable(*tensors)

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -185,6 +185,14 @@ def _published_blast(x: Tensor, left: Tensor, scales: Tensor, right: Tensor) -> 
     return torch.bmm(mixed, left.mT).transpose(0, 1).reshape(len(x), -1)
 
 
+def taking_turns(calls: Iterable[Call]) -> Call:
+    """Each time the next of the calls; all have been made once, in which a layer chooses its form."""
+    every = list(calls)
+    for call in every:
+        call()
+    return alternating(lambda call: call(), every) if len(every) > 1 else every[0]
+
+
 def interleaved(calls: Mapping[str, Call], *, seconds: float = 0.25, least: int = 5) -> dict[str, float]:
     """Median seconds of each call, taken in turn, so that a busy moment hits all alike. Each runs once untimed before it is
     timed: what the call before it left in the caches would favour some.
@@ -259,21 +267,15 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
     run = op.runtime()
     from_memory = cold(op, batch)
 
-    def in_turn(operator: Operator, call: Callable[[Operator], Call], running: int = 0) -> Call:
-        """Of few rows, calls with copies of the weights one after the other."""
-        every = [call(each) for each in (copies(operator, running) if from_memory else [operator])]
-        for each in every:
-            each()  # forms are chosen in the first call
-        return alternating(lambda each: each(), every) if len(every) > 1 else every[0]
-
-    calls: dict[str, Call] = {
-        "dense": in_turn(Dense(weight), lambda each: partial(F.linear, x, each.dense())),
-        "rows": in_turn(run, lambda each: partial(each.apply, x)),
-        "columns": in_turn(run, lambda each: partial(each.apply_columns, across)),
-        "chosen": in_turn(op, lambda each: partial(ready if each is op else Prepared(each), x), ready.nbytes(form)),
+    matrices, running = copies(Dense(weight), from_memory), copies(run, from_memory)
+    others = [peers(each, x) for each in copies(op, from_memory)]
+    calls = {
+        "dense": taking_turns(partial(F.linear, x, each.dense()) for each in matrices),
+        "rows": taking_turns(partial(each.apply, x) for each in running),
+        "columns": taking_turns(partial(each.apply_columns, across) for each in running),
+        "chosen": taking_turns(partial(Prepared(each), x) for each in copies(op, from_memory, ready.nbytes(form))),
+        **{peer: taking_turns(found[peer] for found in others) for peer in others[0]},
     }
-    others = list(peers(op, x))
-    calls |= {peer: in_turn(op, lambda each, peer=peer: peers(each, x)[peer]) for peer in others}  # type: ignore[misc]
     took = interleaved(calls)
     if from_memory:
         reads = {EVICTED: reads[max(reads)]}
@@ -285,7 +287,7 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
     return Row(
         name, n, batch, str(op.dtype).removeprefix("torch."), op.numel / n**2, took["dense"], took["rows"],
         took["columns"], took["chosen"], label, least, seconds,
-        {peer: took[peer] for peer in others},
+        {peer: took[peer] for peer in others[0]},
     )  # fmt: skip
 
 

@@ -137,32 +137,22 @@ def time_product(product: MatrixProduct, device: str = "cpu") -> float:
     """Seconds of one product. Five short groups say more than one of their length: what disturbs them comes and goes.
     Products of several operands in turn, as in a chain: with the same ones again and again, all lies in the nearest cache.
     """
-    if product.onednn:
-        with torch.inference_mode():
-            return best_seconds(_by_onednn(product), at_least=2e-4, repeats=5)
-    multiply = torch.mm if product.count == 1 else torch.bmm
-    pairs = []
-    for _ in range(max(1, min(4, AROUND // product.nbytes))):
-        left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
-        right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
-        pairs.append((left[0], right[0]) if product.count == 1 else (left, right))
+    made = [_ready(product, device) for _ in range(max(1, min(4, AROUND // product.nbytes)))]
     with torch.inference_mode():
-        return best_seconds(alternating(lambda pair: multiply(*pair), pairs), at_least=2e-4, repeats=5)
+        return best_seconds(alternating(lambda multiply: multiply(), made), at_least=2e-4, repeats=5)
 
 
-def _by_onednn(product: MatrixProduct) -> Callable[[], object]:
-    """A call of it, on several operands in turn."""
-    pairs: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
-    for _ in range(max(1, min(4, AROUND // product.nbytes))):
+def _ready(product: MatrixProduct, device: str) -> Callable[[], object]:
+    """A product on operands of its own."""
+    if product.onednn:
         x = torch.full((product.m, product.count * product.k), 0.5)
         values = torch.full((product.count, product.n, product.k), 0.5)
-        pairs.append((_plain(values[0]) if product.count == 1 else onednn.grouped(values), x))
-    return alternating(lambda pair: pair[0](pair[1]), pairs)
-
-
-def _plain(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    multiply = onednn.linear(weight)
-    return lambda x: multiply(x, None)
+        if product.count == 1:
+            return partial(onednn.linear(values[0]), x, None)
+        return partial(onednn.grouped(values), x)
+    left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
+    right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
+    return partial(torch.mm, left[0], right[0]) if product.count == 1 else partial(torch.bmm, left, right)
 
 
 def _onednn_gains() -> bool:
@@ -172,7 +162,7 @@ def _onednn_gains() -> bool:
     for m, n in ((512, 1024), (4, 2048)):
         x, weight = torch.ones(m, n), torch.ones(n, n)
         with torch.inference_mode():
-            ours, plain = in_turn([[partial(_plain(weight), x)], [partial(F.linear, x, weight)]])
+            ours, plain = in_turn([[partial(onednn.linear(weight), x, None)], [partial(F.linear, x, weight)]])
         if ours < WORTH * plain:
             return True
     return False

@@ -113,6 +113,11 @@ class CostModel:
         """Learn from the measurements now, not when first asked."""
         assert self._learned
 
+    @property
+    def onednn(self) -> bool:
+        """Whether products by oneDNN were measured: whether they compete."""
+        return any(product.onednn for rows in self.products.values() for product, _ in rows[:1])
+
     def roofline(self, dtype: torch.dtype) -> Roofline:
         """What the predictions of that dtype's products start from."""
         return self._learned[str(dtype).removeprefix("torch.")][0]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from gramian.execution import kernels, onednn
 from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
-from gramian.execution.onednn import Kernel
+from gramian.execution.kernels import Kernel
 from gramian.execution.work import trace
 from gramian.ops import Dense, Operator
 
@@ -176,9 +176,7 @@ def choose(
 def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel) -> dict[Form, float]:
     """Every form's predicted seconds, the fastest first."""
     light = op.to("meta")
-    forms = candidates(
-        light, dtype, batch, by_onednn=onednn.present() and any(k.endswith("onednn") for k in model.products)
-    )
+    forms = candidates(light, dtype, batch, by_onednn=onednn.present() and model.onednn)
     seconds = {form: predicted(light, form, batch, dtype, model) for form in forms}
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
@@ -193,13 +191,16 @@ def cold(op: Operator, batch: int) -> bool:
     return batch <= COLD_ROWS and op.shape[0] * op.shape[1] * op.dtype.itemsize >= COLD_BYTES
 
 
-def copies(op: Operator, running: int = 0) -> list[Operator]:
-    """The operator and copies of it, in `EVICTED` bytes, at most `MOST_COPIES`.
+def copies(op: Operator, from_memory: bool, running: int = 0) -> list[Operator]:
+    """What is measured in turn: the operator alone, or with copies of it in `EVICTED` bytes, at most `MOST_COPIES`.
 
     Args:
-        op: at least itself is in the list.
+        op: the first of the list.
+        from_memory: whether there are copies.
         running: bytes of what each makes to run, where that is more.
     """
+    if not from_memory:
+        return [op]
     again = range(1, min(EVICTED // max(op.nbytes, running, 1), MOST_COPIES))
     return [op, *(op.replace(**{name: factor.clone() for name, factor in op.factors().items()}) for _ in again)]
 
@@ -266,7 +267,7 @@ class Prepared:
         evicted = cold(self.op, _rows_of(x))
         with torch.no_grad():
             running = [apart._operator(form) for form in forms]
-            alike = {runs: copies(runs) if evicted else [runs] for runs in dict.fromkeys(running)}
+            alike = {runs: copies(runs, evicted) for runs in dict.fromkeys(running)}
             kernels = [[form.kernel(o, self._dtype) for o in alike[r]] for form, r in zip(forms, running, strict=True)]
             took = in_turn([[partial(kernel, some, None) for kernel in each] for each in kernels])
         seconds = dict(zip(forms, took, strict=True))

@@ -16,9 +16,7 @@ from torch import Tensor
 from gramian.execution import onednn
 from gramian.execution.onednn import Grouped, Kernel
 from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Sum
-
-FEW_ROWS = 8
-"""Up to so many rows, what a product reads and writes beside the weights hardly counts."""
+from gramian.ops.blast import FEW_ROWS
 
 PIECES = 8
 """Into so many a matrix is cut, or the next smaller number that divides its rows."""
@@ -266,4 +264,4 @@ def _scattered(count: int, width: int, rows: int, strided: bool) -> list[Step]:
     return steps
 
 
-__all__ = ["WAYS", "Way", "multiplied", "pieces", "rows"]
+__all__ = ["WAYS", "Kernel", "Way", "multiplied", "pieces", "rows"]

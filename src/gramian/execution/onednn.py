@@ -9,6 +9,7 @@ None of this has gradients or batching rules; callers ask ``able`` first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from gramian.modes import differentiable
+from gramian.modes import tracked
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
@@ -38,9 +39,7 @@ def present() -> bool:
 
 def able(*tensors: Tensor) -> bool:
     """Whether the products here can take these: no gradient, forward-mode tangent or function transform looks on."""
-    return not (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or differentiable(*tensors)
-    )
+    return not (tracked(*tensors) or forward_ad._current_level >= 0)
 
 
 def linear(weight: Tensor) -> Kernel:
@@ -80,18 +79,11 @@ if present():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)  # type: ignore[untyped-decorator]
     def _linear_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: object, **more: object) -> int:
-        return 2 * _numbers(x) * weight[0]
+        return 2 * math.prod(x) * weight[0]
 
     @register_flop_formula(torch.ops.aten.mkldnn_convolution)  # type: ignore[untyped-decorator]
     def _grouped_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: object, **more: object) -> int:
-        return 2 * _numbers(x) * weight[0] * weight[1] // x[1]
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
+        return 2 * math.prod(x) * weight[0] * weight[1] // x[1]
 
 
 __all__ = ["able", "grouped", "linear", "present"]
