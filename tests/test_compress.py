@@ -18,7 +18,7 @@ from gramian.models.api import as_layer, planning_layers
 from gramian.models.entries import module_row
 from gramian.models.groups import find_groups
 from gramian.models.workload import agreement, all_features, text_workload
-from gramian.nn import StructuredLinear
+from gramian.nn import PreparedLinear, StructuredLinear
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_plan_file_round_trip_and_edit(tmp_path: Path, encoder: nn.Module, grams
     key = small.encoder.layer[0].attention.self.key
     assert isinstance(key, StructuredLinear)
     assert key.op.rank == 3
-    assert type(small.encoder.layer[0].attention.self.query) is nn.Linear
+    assert type(small.encoder.layer[0].attention.self.query) is PreparedLinear
 
 
 def test_bad_plans(tmp_path: Path, encoder: nn.Module, grams: Grams) -> None:

@@ -164,7 +164,8 @@ def test_every_form_is_the_same_product(dtype: torch.dtype) -> None:
 def test_prepared_decides_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def note(op: Operator, batch: int, dtype: torch.dtype) -> tuple[Form, float]:
+    def note(op: Operator, batch: int, dtype: torch.dtype, *, recast: bool) -> tuple[Form, float]:
+        assert recast
         seen.append(batch)
         return Form(batch > 16, False, dtype), 0.0
 
@@ -190,7 +191,9 @@ def test_a_long_dense_product_does_not_run_against_forms_far_ahead(monkeypatch: 
 
     monkeypatch.setattr("gramian.execution.forms.in_turn", pretended_seconds)
     for rows, forms_measured, best in ((4, 2, other), (100, 0, quick)):  # of few rows all others are measured
-        monkeypatch.setattr("gramian.execution.forms.ranked", lambda *args: {quick: 0.1, other: 0.2, plain: 1.0})
+        monkeypatch.setattr(
+            "gramian.execution.forms.ranked", lambda *told, recast: {quick: 0.1, other: 0.2, plain: 1.0}
+        )
         ready = Prepared(Dense(torch.randn(8, 6)))
         assert ready.settled(torch.randn(rows, 6)) == best
         assert sum(asked) == forms_measured
@@ -209,7 +212,7 @@ def test_what_is_predicted_is_checked_once(monkeypatch: pytest.MonkeyPatch, fast
     structured, cut, plain = Form(False, False, FLOAT), Form(True, False, FLOAT, "cut"), Form(True, False, FLOAT)
     far = Form(False, True, FLOAT)
     order = {structured: 1.0, cut: 1.1, far: 9.0, plain: 9.5}
-    monkeypatch.setattr("gramian.execution.forms.ranked", lambda *args: order)
+    monkeypatch.setattr("gramian.execution.forms.ranked", lambda *told, recast: order)
     monkeypatch.setattr("gramian.execution.forms.LITTLE", 10.0)
     asked: list[int] = []
 
@@ -325,6 +328,8 @@ def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> Non
         torch.testing.assert_close(
             torch.func.jvp(lambda x, k=kernel: k(x, None), (x,), (x,))[1], kernel(x, None), rtol=1e-4, atol=1e-4
         )
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # the dtype is autocast's
+            assert kernel(x, None).dtype == op.apply(x).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not onednn.present(), reason="this torch has no oneDNN")

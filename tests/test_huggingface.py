@@ -25,7 +25,7 @@ from gramian.models.checkpoint import describe  # noqa: E402
 from gramian.models.huggingface import attach, register, resolve, save_huggingface  # noqa: E402
 from gramian.models.sentence_encoder import is_sentence_transformer, save_sentence_transformer  # noqa: E402
 from gramian.models.swap import linear_weight, replace_linear  # noqa: E402
-from gramian.nn import StructuredLinear  # noqa: E402
+from gramian.nn import PreparedLinear, StructuredLinear  # noqa: E402
 from gramian.ops import BlockLowRank, Dense, Operator, Quantized, Skeleton  # noqa: E402
 
 register()
@@ -446,7 +446,7 @@ def test_gpt2_keeps_its_layer_class_where_it_can(saved: dict[str, Path]) -> None
     assert "transformer.h.1.attn.c_proj" not in layers
     model = transformers.AutoModelForCausalLM.from_pretrained(saved["gpt2"])
     assert type(model.transformer.h[1].attn.c_proj).__name__ == "Conv1D"
-    assert type(model.transformer.h[0].mlp.c_fc) is nn.Linear
+    assert type(model.transformer.h[0].mlp.c_fc) is PreparedLinear
     assert type(model.transformer.h[0].attn.c_attn) is StructuredLinear
 
 

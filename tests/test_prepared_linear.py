@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import gramian
 from gramian.execution import Form
+from gramian.execution.forms import candidates
 from gramian.nn import PreparedLinear, StructuredLinear, prepare, unprepare
-from gramian.ops import BlockLowRank
+from gramian.ops import BlockLowRank, Dense
 
 CUT = Form(True, False, torch.float32, "cut")
 
@@ -44,6 +47,51 @@ def test_prepare_leaves_factors_and_subclasses_alone() -> None:
     model = nn.ModuleList([StructuredLinear(BlockLowRank.init((8, 6), rank=2)), attention])
     kinds = [type(m) for m in model.modules()]
     assert [type(m) for m in prepare(model).modules()] == kinds
+
+
+def test_half_precision_is_copied_only_where_that_is_allowed() -> None:
+    op = Dense(torch.randn(6, 8, dtype=torch.bfloat16))
+    kinds = {recast: {form.dtype for form in candidates(op, op.dtype, 4, recast=recast)} for recast in (True, False)}
+    assert kinds == {True: {torch.bfloat16, torch.float32}, False: {torch.bfloat16}}
+    layer = nn.Linear(6, 8)
+    for recast in (True, False):
+        prepare(layer, recast=recast)
+        with torch.no_grad():
+            layer(torch.randn(1, 6))
+        (ready,) = (prepared for prepared in (layer._kept._made,) if prepared is not None)
+        assert ready._recast is recast
+
+
+def test_prepared_layers_are_linear_layers_to_everything_else() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 192), nn.GELU(), nn.Linear(192, 128)).eval()
+    x = torch.randn(256, 128)
+    small = gramian.compress(model, [x], keep=0.5, structures="low_rank")
+    again = gramian.compress(prepare(model), [x], keep=0.5, structures="low_rank")
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), small(x))
+    part = gramian.compress(model, [x], keep=0.5, structures="low_rank", include=["0"])
+    assert [type(m) for m in part] == [StructuredLinear, nn.GELU, PreparedLinear]
+    assert [type(m) for m in gramian.compress(part, [x], keep=0.5)][2] is StructuredLinear
+
+
+def test_tensors_of_other_libraries_are_left_to_them() -> None:
+    layer = prepare(nn.Linear(6, 8, bias=False))
+    layer._parameters["weight"] = Counting(torch.randn(8, 6))
+    with torch.no_grad():
+        layer(torch.randn(1, 6))
+    assert Counting.products == 1
+
+
+class Counting(nn.Parameter):
+    """Knows its own product."""
+
+    products = 0
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.products += function is nn.functional.linear
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 def test_a_copy_a_cast_and_a_half_precision_input() -> None:

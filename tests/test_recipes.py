@@ -482,7 +482,7 @@ def test_embedding_recipe_factors_tables_by_frequency_and_nothing_else() -> None
     model = Words().eval()
     draws = torch.distributions.Geometric(0.02).sample((256, 12)).long().clamp_max(299)
     small = gramian.compress(model, list(draws.split(64)), recipe="embedding", keep=0.5)
-    assert type(small.head) is nn.Linear
+    assert isinstance(small.head, nn.Linear)
     op = small.table.op
     assert isinstance(op, BlockLowRank)
     f = (torch.bincount(draws.flatten(), minlength=300).double() + 0.1).sqrt()[:, None]

@@ -15,6 +15,7 @@ from gramian.adapt.layer import AdaptedLinear, base_operator
 from gramian.errors import GramianError
 from gramian.models.walk import is_conv1d
 from gramian.nn import StructuredLinear, as_linear
+from gramian.nn.prepared_linear import is_plain_linear
 from gramian.ops import Operator
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _merged_layer(name: str, layer: AdaptedLinear, dense: bool) -> tuple[nn.Modu
                 f"layer {name}: an edit that combines by {edit.combine!r} is no matrix; it cannot be merged"
             )
     before = base_operator(base)
-    plain = type(base) is nn.Linear or is_conv1d(base) or type(base.weight) is nn.Parameter
+    plain = is_plain_linear(base) or is_conv1d(base) or type(base.weight) is nn.Parameter
     if not plain and not dense and not isinstance(base, StructuredLinear):
         raise GramianError(f"layer {name}: a {type(base).__name__} has no plain weight to merge into; pass dense=True")
     exact: Operator = before.to(dtype=torch.float64)

@@ -112,7 +112,9 @@ def _columns(op: Operator) -> Kernel:
     return product
 
 
-def candidates(op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: bool = False) -> list[Form]:
+def candidates(
+    op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: bool = False, recast: bool = True
+) -> list[Form]:
     """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major (for a single row both are
     the same), in every way that is for so many rows.
 
@@ -121,11 +123,12 @@ def candidates(op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: b
         dtype: of what comes in.
         batch: rows of x; 0 for many.
         by_onednn: products of float32 by oneDNN too.
+        recast: half precision in float32 too.
     """
     runs = op.to("meta").runtime()
     ways = [True] if isinstance(runs, Dense) else [False, True]
     out = []
-    for kind in [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]:
+    for kind in [dtype, torch.float32] if recast and dtype.itemsize < 4 else [dtype]:
         for dense in ways:
             out += [Form(dense, False, kind)]
             matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs
@@ -149,7 +152,12 @@ def predicted(op: Operator, form: Form, batch: int, dtype: torch.dtype, model: C
 
 
 def choose(
-    op: Operator, batch: int, dtype: torch.dtype | None = None, model: CostModel | None = None
+    op: Operator,
+    batch: int,
+    dtype: torch.dtype | None = None,
+    model: CostModel | None = None,
+    *,
+    recast: bool = True,
 ) -> tuple[Form, float]:
     """The form predicted fastest, and its predicted seconds.
 
@@ -158,6 +166,7 @@ def choose(
         batch: rows of x.
         dtype: of x; the operator's by default.
         model: a cost model; the calibration of this machine by default.
+        recast: see ``candidates``.
 
     Without a calibration the number of operations decides, with a margin for the lower efficiency of small products
     (`DENSE_ABOVE`), and the seconds are NaN.
@@ -167,16 +176,16 @@ def choose(
         model = stored()
     if model is None:
         return Form(_dense_by_operations(op), False, dtype), math.nan
-    order = ranked(op, batch, dtype, model)
+    order = ranked(op, batch, dtype, model, recast=recast)
     fastest, plain = next(iter(order)), Form(True, False, dtype)
     form = fastest if order[fastest] <= LEAST_GAIN * order[plain] else plain
     return form, order[form]
 
 
-def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel) -> dict[Form, float]:
+def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel, *, recast: bool = True) -> dict[Form, float]:
     """Every form's predicted seconds, the fastest first."""
     light = op.to("meta")
-    forms = candidates(light, dtype, batch, by_onednn=onednn.present() and model.onednn)
+    forms = candidates(light, dtype, batch, by_onednn=onednn.present() and model.onednn, recast=recast)
     seconds = {form: predicted(light, form, batch, dtype, model) for form in forms}
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
@@ -220,10 +229,12 @@ class Prepared:
     Args:
         op: its factors are not copied.
         dtype: of what comes in.
+        recast: half precision may run in float32 where that is faster; what runs is then a copy, of twice the bytes.
     """
 
-    def __init__(self, op: Operator, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, op: Operator, dtype: torch.dtype | None = None, *, recast: bool = True) -> None:
         self.op = op
+        self._recast = recast
         self._dtype = dtype or op.dtype
         self._kernels: dict[int, Kernel] = {}
         self._seen: dict[torch.Size, Kernel] = {}
@@ -231,7 +242,7 @@ class Prepared:
 
     def form(self, batch: int) -> Form:
         """How `batch` rows run, as predicted for the next power of two."""
-        return choose(self.op, 1 << _power(batch), self._dtype)[0]
+        return choose(self.op, 1 << _power(batch), self._dtype, recast=self._recast)[0]
 
     def columns(self, x: Tensor) -> Tensor:
         """``A x``, feature-major: x (in, B) -> (out, B), structured unless that takes nearly the operations of dense."""
@@ -248,14 +259,14 @@ class Prepared:
         if model is None or is_in_torch_dispatch_mode():  # a mode may count what runs
             return self.form(batch)
         shapes = tuple((name, factor.shape, factor.dtype) for name, factor in self.op.factors().items())
-        key = (self.op.kind, self.op.shape, shapes, self._dtype, _power(batch), torch.get_num_threads())
+        key = (self.op.kind, self.op.shape, shapes, self._dtype, self._recast, _power(batch), torch.get_num_threads())
         if key not in model.settled:  # looked up first: layers alike need no prediction either
             model.settled[key] = self._fastest(x, model)
         form: Form = model.settled[key]
         return form
 
     def _fastest(self, x: Tensor, model: CostModel) -> Form:
-        order = ranked(self.op, 1 << _power(_rows_of(x)), self._dtype, model)
+        order = ranked(self.op, 1 << _power(_rows_of(x)), self._dtype, model, recast=self._recast)
         fastest, plain = next(iter(order)), Form(True, False, self._dtype)
         few, ahead = _rows_of(x) <= COLD_ROWS, order[fastest] < FAR_AHEAD * order[plain] and order[plain] >= LITTLE
         close = [form for form, seconds in order.items() if few or seconds <= CLOSE * order[fastest]][:RIVALS]

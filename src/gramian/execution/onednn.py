@@ -38,8 +38,10 @@ def present() -> bool:
 
 
 def able(*tensors: Tensor) -> bool:
-    """Whether the products here can take these: no gradient, forward-mode tangent or function transform looks on."""
-    return not (tracked(*tensors) or forward_ad._current_level >= 0)
+    """Whether the products here can take these: no gradient, forward-mode tangent or function transform looks on, and autocast,
+    which would choose the dtype, is off.
+    """
+    return not (tracked(*tensors) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
 
 
 def linear(weight: Tensor) -> Kernel:

@@ -41,6 +41,7 @@ from gramian.models.workload import (
     tensor_workload,
     text_workload,
 )
+from gramian.nn import prepare
 
 Module = TypeVar("Module", bound=nn.Module)
 Progress = Callable[[str, int, int], None]
@@ -275,7 +276,8 @@ def compress(
         progress: called with (stage, done, total).
 
     Returns:
-        The compressed copy; save it with ``gramian.save`` or, for a Hugging Face model, ``gramian.save_huggingface``.
+        The compressed copy, all of its linear layers running as planned (``gramian.prepare``). Save it with ``gramian.save``
+        or, for a Hugging Face model, ``gramian.save_huggingface``.
 
     Raises:
         GramianError: bad input; what the recipe cannot do; see the stages.
@@ -349,7 +351,7 @@ def compress(
             raise GramianError("healing needs calibration data")
         if not train(chosen, small, model, changed, work, Healing(steps=heal_steps, seed=seed), progress=progress):
             warnings.warn(NOTHING_TO_HEAL, stacklevel=2)
-    return small
+    return prepare(small, recast=False)
 
 
 def needed(work: Workload | None) -> Workload:

@@ -21,7 +21,7 @@ from gramian import __version__
 from gramian.errors import GramianError, nearest
 from gramian.files import atomic_directory
 from gramian.models.swap import check_shape, find_embedding, find_linear, linear_shape, origin, swap
-from gramian.nn import StructuredEmbedding, StructuredLinear
+from gramian.nn import StructuredEmbedding, StructuredLinear, prepare
 
 SCHEMA = 1
 """Version of the layout of a checkpoint's description; a larger one is refused."""
@@ -162,7 +162,8 @@ def save(
 def load_into(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Turn a freshly constructed `model` into the one that `save` wrote: its layers exchanged, all its tensors loaded.
 
-    Tensors take the model's devices and dtypes. On an error the model is as it was.
+    Tensors take the model's devices and dtypes; all linear layers then run as planned (``gramian.prepare``). On an error the
+    model is as it was.
 
     Raises:
         GramianError: anything that does not match: files, names, shapes, kinds, a newer format, NaN.
@@ -195,6 +196,7 @@ def load_into(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         new.to_empty(device=old.weight.device)
         swap(model, old, new)
     model.load_state_dict(tensors)
+    prepare(model, recast=False)
 
 
 def _expected(model: nn.Module, replaced: Mapping[str, tuple[nn.Module, nn.Module]]) -> dict[str, Tensor]:

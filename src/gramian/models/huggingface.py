@@ -35,7 +35,7 @@ from gramian.models.ordinary import become_ordinary
 from gramian.models.remote_code import MODULE, remote_code
 from gramian.models.swap import conv1d, linear_shape, origin, own_dtypes, swap
 from gramian.models.walk import is_linear
-from gramian.nn import StructuredEmbedding, StructuredLinear
+from gramian.nn import StructuredEmbedding, StructuredLinear, prepare, unprepare
 from gramian.nn.structured import Structured
 
 METHOD = "gramian"
@@ -102,7 +102,7 @@ class GramianQuantizer(HfQuantizer):  # type: ignore[misc]
                 del model.config.auto_map
             elif model._auto_class is None:  # loaded through that file: the library then copies it along
                 type(model).register_for_auto_class(next(a for a, ref in auto_map.items() if ref.endswith(f".{name}")))
-        return model
+        return prepare(model, recast=False)
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[None, dict[str, str]]:
         """Called by ``save_pretrained`` before it writes config.json: describes the model as it is now."""
@@ -301,6 +301,7 @@ def restore_dense(model: nn.Module) -> None:
 
     A layer that lost neurons is padded with zeros: rows that nothing reads and columns that read nothing.
     """
+    unprepare(model)
     for module in list(model.modules()):
         if isinstance(module, StructuredEmbedding):
             table = module.to_embedding()

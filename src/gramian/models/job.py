@@ -69,9 +69,11 @@ from gramian.models.journal import (
 )
 from gramian.models.loading import Loaded, load_model
 from gramian.models.offload import Offload
+from gramian.models.ordinary import become_ordinary
 from gramian.models.sentence_encoder import transformer_folder
 from gramian.models.walk import check_finite, find_layers
 from gramian.models.workload import Workload, agreement, all_features, language_agreement
+from gramian.nn import prepare
 from gramian.ops import Quantized
 
 GENERATED = 48
@@ -359,6 +361,8 @@ class Job:
             if not losses:
                 self.warnings.append(NOTHING_TO_HEAL)
             quality = self._stage("evaluate", lambda: agreement(reference, all_features(small, held_out)))
+        if not become_ordinary(small):
+            prepare(small, recast=False)  # as it will be when loaded
         speed = self._stage("evaluate", lambda: _speed(before_model, small, loaded))
         language = self._stage("evaluate", lambda: _language(before_model, small, held_out, loaded))
         self.times["total"] = time.perf_counter() - started

@@ -16,6 +16,7 @@ from gramian.grams import LayerGrams, collect_layers
 from gramian.models.api import as_workload
 from gramian.models.walk import bias_of, check_finite, find_layers, is_conv1d, weight_of
 from gramian.models.workload import Batch, Workload, first_tensor
+from gramian.nn.prepared_linear import is_plain_linear
 
 Module = TypeVar("Module", bound=nn.Module)
 RECIPES = ("average", "gram", "gram-two-sided", "opcm")
@@ -135,7 +136,7 @@ def _order(model: nn.Module, forward: Any) -> list[str]:
 
 def _axes(module: nn.Module) -> tuple[int, int] | None:
     """(outputs, inputs): dimensions of the weight of a linear layer or plain convolution."""
-    if type(module) is nn.Linear:
+    if is_plain_linear(module):
         return 0, 1
     if is_conv1d(module):
         return 1, 0

@@ -35,8 +35,9 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the layer computes ``x W^T + b`` from one plain weight."""
     from gramian.nn import StructuredLinear
+    from gramian.nn.prepared_linear import is_plain_linear
 
-    return type(module) is nn.Linear or is_conv1d(module) or isinstance(module, StructuredLinear)
+    return is_plain_linear(module) or is_conv1d(module) or isinstance(module, StructuredLinear)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

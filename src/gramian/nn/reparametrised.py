@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.linalg import polar
+from gramian.nn.prepared_linear import is_plain_linear
 from gramian.ops import Dense, Permutation, Product
 from gramian.ops.orthogonal import Orthogonal
 
@@ -154,7 +155,7 @@ class Reparametrisation:
         self.model, self.every, self.limit, self.generator, self.steps = model, every, limit, generator, 0
         self.layers: dict[str, ReparametrisedLinear] = {}
         for name, layer in list(model.named_modules()):
-            if type(layer) is nn.Linear and name and choose(name, layer):
+            if is_plain_linear(layer) and name and choose(name, layer):
                 if restart:
                     unit_rows_(layer.weight, generator)
                 made = ReparametrisedLinear(layer, block=block, method=method, terms=terms, generator=generator)

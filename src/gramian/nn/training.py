@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gramian.errors import GramianError
 from gramian.nn.exchange import exchange
 from gramian.nn.initialise import linear_layers
-from gramian.nn.prepared_linear import PreparedLinear
+from gramian.nn.prepared_linear import is_plain_linear
 from gramian.nn.structured_linear import StructuredLinear, as_linear
 
 
@@ -175,8 +175,7 @@ def to_structured(
     """
     from gramian.fitting import fit
 
-    # No subclass but our own: a module that holds one may read its weight past its forward, as nn.MultiheadAttention does.
-    layers = {name: layer for name, layer in linear_layers(model) if type(layer) in (nn.Linear, PreparedLinear)}
+    layers = {name: layer for name, layer in linear_layers(model) if is_plain_linear(layer)}
     chosen = dict.fromkeys(layers, size) if sizes is None else dict(sizes)
     for name, own in chosen.items():
         if name not in layers:

@@ -418,7 +418,10 @@ def _quality(report: Json) -> str:
             for m in report["speed"]
         ]
         headings = ["Batch \N{MULTIPLICATION SIGN} tokens", "original", "compressed", "faster"]
-        caption = f"On {report['environment']['platform']}, {report['environment']['threads']} threads."
+        machine = f"{report['environment']['platform']}, {report['environment']['threads']} threads"
+        caption = (
+            f"On {machine}. The original runs as torch does, the compressed model's layers as planned for a machine."
+        )
         parts.append(f"<div>{table(headings, rows, caption=caption, sort=False)}</div>")
     heal = report["heal"]
     if heal and heal["loss"]:
