@@ -257,6 +257,10 @@ def test_few_rows_may_run_cut(op: Operator, rows: int) -> None:
     assert not any(form.way == "cut" for form in candidates(op, FLOAT, 65))
 
 
+def test_stacks_of_blocks_run_cut_with_any_number_of_rows() -> None:
+    assert any(form.way == "cut" for form in candidates(BlockDiagonal.init((24, 8), blocks=4), FLOAT, 65))
+
+
 def test_what_cannot_be_cut_runs_whole() -> None:
     assert not any(form.way == "cut" for form in candidates(Dense(torch.randn(11, 4)), FLOAT, 1))
     op = BlockLowRank.init((11, 8), rank=4, generator=seeded())  # one of two factors can
@@ -301,10 +305,11 @@ def test_what_cannot_be_cut_runs_whole() -> None:
 )
 def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> None:
     every = candidates(op, FLOAT, rows, by_onednn=True)
-    forms = [form for form in every if form.way in ("turned", "onednn") and (not form.dense or isinstance(op, Dense))]
+    forms = [form for form in every if form.way != "plain" and (not form.dense or isinstance(op, Dense))]
     ways = [form.way for form in forms]
     assert ("onednn" in ways) == (how == "always" or (how == "many" and rows > 16) or isinstance(op, Sum))
     assert ("turned" in ways) == (how != "never" and rows < 9)
+    assert ("cut" in ways) == (how != "never")
     x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
     for form in forms:
         kernel = form.kernel(form.operator(op), FLOAT)

@@ -55,7 +55,7 @@ as in a model, whose next product of the same weights comes after all others. Th
 MOST_COPIES = 512
 
 FEW_ROWS = 64
-"""Up to so many rows of x a product may run "cut","""
+"""Up to so many rows of x matrices may run "cut","""
 
 FEWER_ROWS = 8
 """up to so many "turned" (``Form.way``)."""
@@ -75,8 +75,9 @@ class Form:
         dtype: computed in; another than the operator's where the machine has no fast kernel for that one.
         way: of a row-major product (``kernels.WAYS``). "plain" as torch does it. "cut", for few rows of x: each matrix is cut
             into pieces of as many rows, multiplied as one batch; libraries give few rows to one thread, or share them out
-            badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. "turned", for fewer: pieces and blocks times
-            columns of x^T, which some libraries read weights faster for. "onednn": by oneDNN, in float32.
+            badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. Stacks of blocks are cut already, and run so
+            with any number of rows. "turned", for fewer: pieces and blocks times columns of x^T, which some libraries read
+            weights faster for. "onednn": by oneDNN, in float32.
     """
 
     dense: bool
@@ -134,7 +135,8 @@ def candidates(
             matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs
             out += [Form(dense, True, kind)] if batch != 1 else []
             plain, stacks = kernels.multiplied(matrix)
-            if 1 <= batch <= FEW_ROWS and any(kernels.pieces(weight) > 1 for weight in plain):
+            cuttable = stacks or any(kernels.pieces(weight) > 1 for weight in plain)
+            if cuttable and (1 <= batch <= FEW_ROWS or not plain):
                 out.append(Form(dense, False, kind, "cut"))
             if 1 <= batch <= FEWER_ROWS and (plain or stacks):
                 out.append(Form(dense, False, kind, "turned"))

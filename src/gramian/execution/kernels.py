@@ -63,6 +63,19 @@ def cut(weight: Tensor) -> Kernel:
     return product
 
 
+def cut_blocks(values: Tensor) -> Grouped:
+    """Blocks, which are cut already: one batch of products."""
+    groups, s, p = values.shape
+    blocks = values.mT
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) == 1:  # views alone
+            return torch.bmm(x.reshape(groups, 1, p), blocks).view(1, groups * s)
+        return torch.bmm(x.reshape(-1, groups, p).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, groups * s)
+
+    return product
+
+
 def turned(weight: Tensor) -> Kernel:
     """As ``cut``, by pieces times the columns of x^T: matrix times vectors, not vectors times matrix."""
     out, in_ = weight.shape
@@ -90,7 +103,7 @@ def turned_blocks(values: Tensor) -> Grouped:
 
 WAYS = {
     "plain": Way(plain),
-    "cut": Way(cut),
+    "cut": Way(cut, cut_blocks),
     "turned": Way(turned, turned_blocks),
     "onednn": Way(onednn.linear, onednn.grouped),
 }
@@ -105,12 +118,12 @@ def rows(op: Operator, way: Way) -> Kernel:
         left, right = way.linear(op.left[0]), way.linear(op.right[0])
         return lambda x, bias: left(right(x, None), bias)
     special = _chosen(op, way) if isinstance(op, Product) else None
-    if special is None and isinstance(op, Product | Sum):
+    steps = None if special or way.grouped is None else _steps(op, way.grouped)
+    if steps is not None:
+        special = _stepwise(steps)
+    elif special is None and isinstance(op, Product | Sum):
         kernels = [rows(part, way) for part in op.parts]
         special = _chained(kernels[::-1]) if isinstance(op, Product) else _added(kernels)
-    elif special is None and way.grouped is not None:
-        steps = _steps(op, way.grouped)
-        special = None if steps is None else _stepwise(steps)
     return special or _applied(op)
 
 
@@ -189,17 +202,20 @@ Step = Callable[[Tensor], Tensor]
 
 def _stepwise(steps: Sequence[Step]) -> Kernel:
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.reshape(-1, x.shape[-1])
+        y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for step in steps:
             y = step(y)
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
         return y if bias is None else y + bias.to(y.dtype)
 
     return product
 
 
 def _steps(op: Operator, grouped: Callable[[Tensor], Grouped]) -> list[Step] | None:
-    """The product of a matrix of blocks; None for any other operator."""
+    """The product of a matrix of blocks, or of several; None for any other operator."""
+    if isinstance(op, Product):
+        every = [_steps(part, grouped) for part in reversed(op.parts)]
+        return None if None in every else [step for steps in every for step in steps or ()]
     if isinstance(op, BlockDiagonal):
         b, s, p = op.values.shape
         return [
@@ -250,15 +266,26 @@ def _gathered(count: int, width: int, columns: int, strided: bool) -> list[Step]
     if count * width > columns:
         steps.append(lambda x: F.pad(x, (0, count * width - columns)))
     if strided:
-        steps.append(lambda x: x.reshape(-1, width, count).mT.reshape(-1, count * width))
+        steps.append(_turned_in_rows(width, count))
     return steps
+
+
+def _turned_in_rows(long: int, short: int) -> Step:
+    """Each row, a matrix (long, short) written row by row, written column by column."""
+
+    def step(x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return x.reshape(long, short).t().reshape(1, long * short)
+        return x.reshape(-1, long, short).mT.reshape(-1, long * short)
+
+    return step
 
 
 def _scattered(count: int, width: int, rows: int, strided: bool) -> list[Step]:
     """(B, count * width), block by block -> (B, rows)."""
     steps: list[Step] = []
     if strided:
-        steps.append(lambda y: y.reshape(-1, count, width).mT.reshape(-1, count * width))
+        steps.append(_turned_in_rows(count, width))
     if rows < count * width:
         steps.append(lambda y: y[:, :rows])
     return steps
