@@ -1,12 +1,13 @@
 """Language models: every recipe on one trained small Llama, same calibration, same budget.
 
-    python benchmarks/language.py [MODEL] [quality] [heal] [bytes] [speed] [large]
+    python benchmarks/language.py [MODEL] [quality] [heal] [bytes] [again] [speed] [large]
 
 MODEL is by default the one of examples/small_llama.py (trained when not in the cache, which takes some minutes). quality:
 perplexity and divergence at 70 and 50 % of the linears' parameters, without training. heal: the same with ten minutes of
-training. bytes: at 27 % of the bytes in bfloat16. speed: generation, one sequence with cached keys and values, of the model
-compressed to half the FLOPs, both in turn. large: the same of a random model of 146 million parameters. A row of quality
-that is in results/language.json already is left alone: remove that file to measure all anew.
+training. bytes: at 27 % of the bytes in bfloat16; again: two of these on calibration texts drawn anew. speed: generation, one
+sequence with cached keys and values, of the model compressed to half the FLOPs, both in turn. large: the same of a random model
+of 146 million parameters, and in bfloat16 with weights of 4 bits. A row of quality that is in results/language.json already is
+left alone: remove that file to measure all anew.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ KEEPS = (0.7, 0.5)
 HEALING = 600.0
 """Seconds of processor time."""
 BYTES = 0.27
+DRAWS = 6
+"""Of the calibration texts, with replacement: what of a difference is their choice."""
 RATE = 3e-4
 """Learning rate of healing."""
 ORDER = ["auto", "svd-llm", "modegpt", "svd", "asvd", "fwsvd", "fwsvd-columns", "lord", "welore", "depth"]
@@ -148,16 +151,11 @@ def healed(small: Small, results: Results) -> None:
 def in_bytes(small: Small, results: Results) -> None:
     half = copy.deepcopy(small.model).to(torch.bfloat16)
     grams = small.grams
-    uniform = {
-        "higgs, 4 bits everywhere": {"bits": 4, "feedback": False, "scaling": "rms"},
-        "nearest level with Gram feedback, 4 bits everywhere": {"bits": 4, "rotate": False, "grid": "uniform"},
-    }
     names = list(grams)
-    made: dict[str, nn.Module] = {}
-    for label, size in uniform.items():
-        plan = Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in names])
-        made[label] = gramian.compress(half, plan, grams=grams)
-    for recipe in ("auto", "higgs"):
+    size = {"bits": 4, "feedback": False, "scaling": "rms"}
+    plan = Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in names])
+    made = {"higgs, 4 bits everywhere": gramian.compress(half, plan, grams=grams)}
+    for recipe in ("auto", "higgs", "gptq"):
         made[recipe] = gramian.compress(half, small.calibration, grams=grams, recipe=recipe, keep=BYTES, cost="bytes")
     before = sum(p.numel() * 2 for n, p in half.named_parameters() if n.removesuffix(".weight") in names)
     starts = tuple(f"{name}." for name in names)
@@ -167,6 +165,23 @@ def in_bytes(small: Small, results: Results) -> None:
         results.keep(
             "bytes", label, {**small.score(model.float(), everything=True), "bytes": round(stored / before, 4)}
         )
+
+
+def again(small: Small, results: Results) -> None:
+    texts = small.loaded.corpus.calibration
+    half = copy.deepcopy(small.model).to(torch.bfloat16)
+    scores: dict[str, list[dict[str, float]]] = {"auto": [], "gptq": []}
+    for draw in range(DRAWS):
+        chosen = np.random.RandomState(draw).choice(len(texts), len(texts))
+        calibration = small.loaded.workload([texts[i] for i in chosen])
+        grams = gramian.collect(small.model, calibration, exclude=small.loaded.heads)
+        for recipe, found in scores.items():
+            made = gramian.compress(half, calibration, grams=grams, recipe=recipe, keep=BYTES, cost="bytes", seed=draw)
+            found.append(small.score(made.float(), everything=True))
+            rises = [score["rise"] for score in found]
+            row: dict[str, Any] = {"rise": round(statistics.mean(rises), 5), "rises": rises}
+            row["divergence"] = round(statistics.mean(score["divergence"] for score in found), 5)
+            results.keep("bytes, calibration drawn again", recipe, row)
 
 
 def speed(small: Small, results: Results) -> None:
@@ -182,13 +197,21 @@ def large(small: Small, results: Results) -> None:
     config = LlamaConfig(**shape, num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=256)
     model = LlamaForCausalLM(config).eval()
     batches = [{"input_ids": torch.randint(0, 2048, (4, 64))} for _ in range(4)]
-    made = gramian.compress(model, batches, keep=0.5, cost="flops", exclude=["lm_head"], objective="none")
     prompt = {"input_ids": batches[0]["input_ids"][:1, :16], "attention_mask": torch.ones(1, 16, dtype=torch.long)}
-    row = generation(model, made, prompt, tokens=24)
     count = sum(p.numel() for p in model.parameters())
-    results.keep(
-        "speed", f"{count / 1e6:.0f} M parameters, half the FLOPs", {**row, "parameters": count, "layers": kinds(made)}
-    )
+
+    def measure(label: str, before: nn.Module, made: nn.Module) -> None:
+        row = generation(before, made, prompt, tokens=24)
+        results.keep(
+            "speed", f"{count / 1e6:.0f} M parameters, {label}", {**row, "parameters": count, "layers": kinds(made)}
+        )
+
+    grams = gramian.collect(model, batches, exclude=["lm_head"], objective="none")
+    measure("half the FLOPs", model, gramian.compress(model, grams=grams, keep=0.5, cost="flops"))
+    size = {"bits": 4, "rotate": False, "grid": "uniform", "feedback": False}  # as gptq stores them, sooner made
+    plan = Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in grams])
+    half = model.to(torch.bfloat16)
+    measure("bfloat16, 4 bits", half, gramian.compress(half, plan, grams=grams))
 
 
 def generation(model: nn.Module, made: nn.Module, prompt: dict[str, Any], tokens: int) -> dict[str, float]:
@@ -215,7 +238,7 @@ def kinds(made: nn.Module) -> dict[str, int]:
     )
 
 
-SECTIONS = {"quality": quality, "heal": healed, "bytes": in_bytes, "speed": speed, "large": large}
+SECTIONS = {"quality": quality, "heal": healed, "bytes": in_bytes, "again": again, "speed": speed, "large": large}
 
 
 def main() -> None:

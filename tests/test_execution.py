@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from gramian.execution import (
     candidates,
     choose,
     forms,
+    int4,
     onednn,
     predicted,
     trace,
@@ -47,6 +49,7 @@ from gramian.ops import (
     Dense,
     Operator,
     Product,
+    Quantized,
     Selection,
     Skeleton,
     Sum,
@@ -357,6 +360,63 @@ def test_onednn_competes_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) 
         rows = measured.products.get("float32 onednn", [])
         assert all(p.onednn and (p.count == 1 or p.m >= onednn.GROUPED_ROWS) for p, _ in rows)
         assert bool(rows) == gains
+
+
+@pytest.mark.skipif(not int4.present(), reason="this torch has no product of 4-bit codes")
+def test_codes_of_four_bits_run_as_they_are() -> None:
+    half, size = torch.bfloat16, {"bits": 4, "grid": "uniform", "rotate": False, "group": 32}
+    op = Quantized.fit(torch.randn(48, 96, generator=seeded()), **size)
+    wide = torch.randn(3, 2, 96, generator=seeded())
+    x, bias = wide.to(half), torch.randn(48, generator=seeded()).to(half)
+    (form,) = (form for form in candidates(op, half, 6) if form.way == "int4")
+    runs = form.operator(op)
+    kernel = form.kernel(runs, half)
+    exact = x.double() @ op.dense().double().mT
+    for y, wanted in ((kernel(x, None), exact), (kernel(x, bias), exact + bias)):
+        assert y.dtype == half
+        assert float((y - wanted).norm() / wanted.norm()) < 6e-3  # of bfloat16: the dense product is as far off
+    assert kernel(x[:0], bias).shape == (0, 2, 48)
+    (step,) = (s for s in trace(partial(kernel, bias=None), (6, 96), half) if isinstance(s, MatrixProduct))
+    assert step == MatrixProduct(1, 6, 48, 96, False, True, False, half, bits=4)
+    assert step.nbytes == 2 * (6 * 96 + 6 * 48) + 96 * 48 // 2
+    with FlopCounterMode(display=False) as counter:
+        kernel(x, None)
+    assert counter.get_total_flops() == step.flops == runs.flops(6)
+    copied = runs.replace(**{name: factor.clone() for name, factor in runs.factors().items()})
+    assert torch.equal(form.kernel(copied, half)(x, None), kernel(x, None))
+    # Where something looks on, the operator's own product, in its own dtype.
+    y = wide.clone().requires_grad_()
+    (found,) = torch.autograd.grad(runs.apply(y).sum(), y)
+    torch.testing.assert_close(found, op.dense().sum(0).expand(3, 2, -1))
+    tangent = torch.func.jvp(runs.apply, (wide,), (wide,))[1]
+    torch.testing.assert_close(tangent, op.apply(wide))
+
+
+@pytest.mark.skipif(not int4.present(), reason="this torch has no product of 4-bit codes")
+@pytest.mark.parametrize(
+    "other", [{"bits": 5}, {"grid": "gaussian"}, {"rotate": True}, {"group": 24}, {"group": 64}, {}, {"rows": 24}]
+)
+def test_which_codes_run_as_they_are(other: dict[str, Any]) -> None:
+    size = {"bits": 4, "grid": "uniform", "rotate": False, "group": 32, "rows": 48, **other}
+    op = Quantized.fit(torch.randn(size.pop("rows"), 96, generator=seeded()), **size)
+    for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.bfloat16, 9), (FLOAT, 1)):
+        fits = not other and dtype == torch.bfloat16 and rows <= 8
+        assert any(form.way == "int4" for form in candidates(op, dtype, rows)) == fits
+
+
+def test_a_rounded_layer_in_half_precision_takes_the_fastest_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pretended()
+    model.products["bfloat16"] = [(replace(p, dtype=torch.bfloat16), s) for p, s in model.products["float32"]]
+    monkeypatch.setattr(forms, "stored", lambda: model)
+    op = Quantized.fit(torch.randn(256, 256, generator=seeded()), bits=4, grid="uniform", rotate=False)
+    layer = StructuredLinear(op).to(torch.bfloat16)
+    x = torch.randn(1, 256, generator=seeded()).to(torch.bfloat16)
+    with torch.no_grad():
+        wanted = x.double() @ op.dense().double().mT
+        assert float((layer(x) - wanted).norm() / wanted.norm()) < 6e-3
+    for dtype in (torch.bfloat16, FLOAT):
+        ways = {form.way for form in forms.ranked(op, 1, dtype, model)}
+        assert ("int4" in ways) == (dtype == torch.bfloat16 and int4.present())
 
 
 def layers() -> list[nn.Module]:

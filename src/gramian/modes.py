@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 @contextmanager
@@ -30,3 +31,10 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def tracked(*tensors: Tensor) -> bool:
     """Whether autograd, or a transform of ``torch.func``, looks on at what is made from these."""
     return torch._C._are_functorch_transforms_active() or differentiable(*tensors)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether anything looks on that a bare operation of a library would pass by: autograd, forward mode, a transform of
+    ``torch.func``, or autocast, which would choose the dtype.
+    """
+    return tracked(*tensors) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu")

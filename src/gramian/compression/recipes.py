@@ -311,6 +311,19 @@ _ALL = [
         fixed={"feedback": False, "scaling": "rms", "rotation": 1024, "rounds": 2},
     ),
     Recipe(
+        "gptq",
+        "Frantar et al. 2023: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers; at 4 bits a "
+        "bfloat16 model runs as in Shen et al. 2023: Efficient LLM Inference on CPUs",
+        "min tr(D G D^T), D = W - Q, column after column; later ones make up for the errors of earlier ones",
+        "quantized",
+        "input",
+        "rounding with feedback of the input Gram, then coordinate descent on codes and scales",
+        costs=("bytes",),
+        healing="biases",
+        departs="symmetric grids, groups of 128 inputs; columns in the order of the Gram's diagonal",
+        fixed={"rotate": False, "grid": "uniform"},
+    ),
+    Recipe(
         "lrq",
         "Lee et al. 2024: LRQ: Optimizing Post-Training Quantization for Large Language Models by Learning Low-Rank "
         "Weight-Scaling Matrices",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gramian.execution import kernels, onednn
+from gramian.execution import int4, kernels, onednn
 from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.kernels import Kernel
 from gramian.execution.work import trace
-from gramian.ops import Dense, Operator
+from gramian.ops import Dense, Operator, Quantized
 
 DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
@@ -77,7 +77,7 @@ class Form:
             into pieces of as many rows, multiplied as one batch; libraries give few rows to one thread, or share them out
             badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. Stacks of blocks are cut already, and run so
             with any number of rows. "turned", for fewer: pieces and blocks times columns of x^T, which some libraries read
-            weights faster for. "onednn": by oneDNN, in float32.
+            weights faster for. "onednn": by oneDNN, in float32. "int4", for few: on codes of 4 bits as they are.
     """
 
     dense: bool
@@ -87,6 +87,9 @@ class Form:
 
     def operator(self, op: Operator) -> Operator:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
+        if self.way == "int4":
+            assert isinstance(op, Quantized)
+            return int4.Int4.of(op)
         return (Dense(op.dense().contiguous()) if self.dense else op.runtime()).to(dtype=self.dtype)
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
@@ -130,6 +133,8 @@ def candidates(
     ways = [True] if isinstance(runs, Dense) else [False, True]
     out = []
     for kind in [dtype, torch.float32] if recast and dtype.itemsize < 4 else [dtype]:
+        if 1 <= batch <= FEWER_ROWS and kind == dtype and int4.able(op, dtype):
+            out.append(Form(False, False, kind, "int4"))
         for dense in ways:
             out += [Form(dense, False, kind)]
             matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs
@@ -240,7 +245,7 @@ class Prepared:
         self._dtype = dtype or op.dtype
         self._kernels: dict[int, Kernel] = {}
         self._seen: dict[torch.Size, Kernel] = {}
-        self._running: dict[tuple[bool, torch.dtype], Operator] = {}
+        self._running: dict[tuple[bool, torch.dtype, bool], Operator] = {}
 
     def form(self, batch: int) -> Form:
         """How `batch` rows run, as predicted for the next power of two."""
@@ -292,7 +297,7 @@ class Prepared:
         return self._operator(form).nbytes
 
     def _operator(self, form: Form) -> Operator:
-        place = (form.dense, form.dtype)
+        place = (form.dense, form.dtype, form.way == "int4")
         if place not in self._running:
             with torch.no_grad(), torch.autocast(self.op.device.type, enabled=False):
                 self._running[place] = form.operator(self.op)

@@ -106,6 +106,7 @@ WAYS = {
     "cut": Way(cut, cut_blocks),
     "turned": Way(turned, turned_blocks),
     "onednn": Way(onednn.linear, onednn.grouped),
+    "int4": Way(plain),  # of what ``int4.Int4`` packed
 }
 """By name."""
 

@@ -4,7 +4,7 @@ torch multiplies float32 matrices by MKL, which on processors of other makers th
 unused. oneDNN, which torch uses for convolutions and for bfloat16, does not: there it is about twice as fast, at the same
 precision. Elsewhere the two are alike, so a calibration measures both and forms compete.
 
-None of this has gradients or batching rules; callers ask ``able`` first.
+None of this has gradients or batching rules: where something looks on, torch's own choice runs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from gramian.modes import tracked
+from gramian.modes import watched
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """(x (..., in), bias (out,) or None) -> y (..., out)."""
@@ -37,20 +36,13 @@ def present() -> bool:
     return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def able(*tensors: Tensor) -> bool:
-    """Whether the products here can take these: no gradient, forward-mode tangent or function transform looks on, and autocast,
-    which would choose the dtype, is off.
-    """
-    return not (tracked(*tensors) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"))
-
-
 def linear(weight: Tensor) -> Kernel:
     """``F.linear`` with a float32 weight (out, in)."""
     multiply = torch.ops.mkldnn._linear_pointwise
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(weight.dtype)
-        if not able(x, weight):
+        if watched(x, weight):
             return F.linear(x, weight, bias)
         y: Tensor = multiply(x, weight, bias, "none", [], "")
         return y
@@ -64,7 +56,7 @@ def grouped(values: Tensor) -> Grouped:
     kernel = values.reshape(groups * s, p, 1, 1)
 
     def product(x: Tensor) -> Tensor:
-        if not len(x) or not able(x, values):
+        if not len(x) or watched(x, values):
             blocks = x.reshape(-1, groups, p).transpose(0, 1)
             return torch.bmm(blocks, values.mT).transpose(0, 1).reshape(-1, groups * s)
         image = x.reshape(1, len(x), 1, groups * p).permute(0, 3, 1, 2)  # channels last: a view
@@ -88,4 +80,4 @@ if present():
         return 2 * math.prod(x) * weight[0] * weight[1] // x[1]
 
 
-__all__ = ["able", "grouped", "linear", "present"]
+__all__ = ["grouped", "linear", "present"]

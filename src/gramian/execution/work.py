@@ -30,6 +30,7 @@ class MatrixProduct:
         strided: an operand is contiguous along neither axis, or the batch: a kernel must copy it or is slow.
         dtype: of the operands.
         onednn: run by oneDNN (``execution.onednn``), not by torch's choice.
+        bits: of an entry of the right operand, where they are fewer than the dtype's (``execution.int4``).
     """
 
     count: int
@@ -41,6 +42,7 @@ class MatrixProduct:
     strided: bool
     dtype: torch.dtype
     onednn: bool = False
+    bits: int = 0
 
     @property
     def kernels(self) -> str:
@@ -55,7 +57,8 @@ class MatrixProduct:
     @property
     def nbytes(self) -> int:
         """Bytes of operands and result."""
-        return self.count * (self.m * self.k + self.k * self.n + self.m * self.n) * self.dtype.itemsize
+        weight = self.k * self.n * (self.bits or 8 * self.dtype.itemsize) // 8
+        return self.count * ((self.m * self.k + self.m * self.n) * self.dtype.itemsize + weight)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
         if name == "_linear_pointwise" or name.endswith("convolution"):
             self.steps.append(_by_onednn(*tensors[:2]))
+        elif name == "_weight_int4pack_mm_for_cpu":
+            (m, k), n = tensors[0].shape, tensors[1].shape[0]
+            self.steps.append(MatrixProduct(1, m, n, k, False, True, False, tensors[0].dtype, bits=4))
         elif name in _PRODUCTS:
             self.steps.append(_product(name, tensors))
         elif formula is not None:
