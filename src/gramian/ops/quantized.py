@@ -429,13 +429,13 @@ def _descend(w: Tensor, gram: Tensor, codes: Tensor, spread: Tensor, levels: Ten
         stop = min(start + BLOCK, in_)
         moves = torch.zeros(stop - start, out, dtype=w.dtype, device=w.device)
         local, inner = pull[start:stop].clone(), gram[start:stop, start:stop].contiguous()
-        for j in range(start, stop):
+        for i, j in enumerate(range(start, stop)):
             old = levels[chosen[j]] * by_column[j]
-            code = _nearest((old + local[j - start] * inverse[j]) / by_column[j], levels)
+            code = _nearest((old + local[i] * inverse[j]) / by_column[j], levels)
             move = old - levels[code] * by_column[j]  # change of the residual
             chosen[j] = code
-            moves[j - start] = move
-            local.addr_(inner[j - start], move)
+            moves[i] = move
+            local[i + 1 :].addr_(inner[i, i + 1 :], move)
         pull += gram[:, start:stop] @ moves
     codes.copy_(chosen.mT)
     return not torch.equal(before, chosen)
