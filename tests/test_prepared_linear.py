@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -73,6 +74,23 @@ def test_prepared_layers_are_linear_layers_to_everything_else() -> None:
     part = gramian.compress(model, [x], keep=0.5, structures="low_rank", include=["0"])
     assert [type(m) for m in part] == [StructuredLinear, nn.GELU, PreparedLinear]
     assert [type(m) for m in gramian.compress(part, [x], keep=0.5)][2] is StructuredLinear
+
+
+@pytest.mark.parametrize("structure", [{}, {"blocks": (2, 2)}])
+def test_a_trace_holds_the_parameters_and_nothing_of_this_machine(structure: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), StructuredLinear(BlockLowRank.init((4, 8), rank=2, **structure))).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that are constants, and of torch.jit itself
+        traced = torch.jit.trace(prepare(model), torch.randn(3, 6))
+        torch.testing.assert_close(traced(torch.ones(2, 6)), model(torch.ones(2, 6)))
+    assert dict(traced.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        before = model(torch.ones(2, 6))
+        traced.get_parameter("0.weight").zero_()
+        traced.get_parameter("0.bias").zero_()
+        assert not torch.equal(model(torch.ones(2, 6)), before)
+        assert not traced(torch.ones(2, 6)).any()
 
 
 def test_tensors_of_other_libraries_are_left_to_them() -> None:

@@ -28,6 +28,13 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def captured() -> bool:
+    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` writes down what runs: what was chosen for this
+    machine, or kept, does not belong in there.
+    """
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def tracked(*tensors: Tensor) -> bool:
     """Whether autograd, or a transform of ``torch.func``, looks on at what is made from these."""
     return torch._C._are_functorch_transforms_active() or differentiable(*tensors)

@@ -14,7 +14,7 @@ from gramian.adapt.combine import COMBINES
 from gramian.errors import GramianError
 from gramian.models.swap import linear_shape, linear_weight
 from gramian.models.walk import is_linear
-from gramian.modes import differentiable
+from gramian.modes import captured, differentiable
 from gramian.nn.structured import Keeping, Structured
 from gramian.ops import BlockLowRank, Dense, Diagonal, Identity, Operator, Product, Sum
 
@@ -229,7 +229,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., in) -> (..., out)."""
-        if self._two is None or torch.compiler.is_compiling():
+        if self._two is None or captured():
             return self.run(x, len(self.active))
         # One edit of two plain factors, by far the most common, at the least cost in Python: module calls and attribute
         # look-ups would take longer than the products of a small batch.

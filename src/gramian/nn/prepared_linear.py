@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TypeGuard, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from gramian.execution import Prepared
-from gramian.modes import differentiable
+from gramian.modes import captured, differentiable
 from gramian.nn.structured import Keeping, Kept, Structured
 from gramian.ops import Dense
 
@@ -31,7 +30,7 @@ class PreparedLinear(Keeping, nn.Linear):
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         # Another library's tensor (quantised, sharded) is multiplied in its own way.
-        if type(weight) is not nn.Parameter or x.dtype != weight.dtype or torch.compiler.is_compiling():
+        if type(weight) is not nn.Parameter or x.dtype != weight.dtype or captured():
             return super().forward(x)
         if differentiable(x, weight, bias):
             return super().forward(x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.errors import GramianError
-from gramian.modes import differentiable
+from gramian.modes import captured, differentiable
 from gramian.nn.structured import Structured
 from gramian.ops import BlockLowRank, Dense, Operator, Quantized, from_config
 
@@ -64,7 +64,7 @@ class StructuredEmbedding(Structured):
         found = _rows(self.op, ids)
         if found is None:
             weights, table = self._weights(), None
-            if weights is not None and not torch.compiler.is_compiling():
+            if weights is not None and not captured():
                 if differentiable(*weights):
                     self._kept.clear()
                 else:

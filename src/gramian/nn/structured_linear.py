@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gramian.errors import GramianError
 from gramian.execution import Prepared
-from gramian.modes import differentiable
+from gramian.modes import captured, differentiable
 from gramian.nn.structured import Structured
 from gramian.ops import BlockLowRank, Dense, Operator, Product, Skeleton, Sum, from_config
 
@@ -79,7 +79,7 @@ class StructuredLinear(Structured):
         if weights is None:
             self._kept.clear()
             y = self._through_children(self._template, "", x)
-        elif torch.compiler.is_compiling():
+        elif captured():
             y = self.op.apply(x)
         elif differentiable(x, bias, *weights):
             self._kept.clear()
@@ -97,7 +97,7 @@ class StructuredLinear(Structured):
         weights = self._weights()
         if weights is None:
             raise GramianError("a feature-major product cannot run through wrapped factors; use forward()")
-        if torch.compiler.is_compiling():
+        if captured():
             y = self.op.apply_columns(x)
         elif differentiable(x, self.bias, *weights):
             self._kept.clear()
