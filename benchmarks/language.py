@@ -216,7 +216,7 @@ def large(small: Small, results: Results) -> None:
 
 def generation(model: nn.Module, made: nn.Module, prompt: dict[str, Any], tokens: int) -> dict[str, float]:
     """Tokens a second of both, and of the original with its layers prepared as a compressed model's are; in turn, medians."""
-    models = {"before": model, "after": made, "before, prepared": prepare(copy.deepcopy(model))}
+    models = {"before": model, "after": made, "before, prepared": prepare(copy.deepcopy(model), recast=False)}
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     taken: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
