@@ -319,6 +319,8 @@ def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> Non
         with torch.no_grad():
             torch.testing.assert_close(kernel(x, bias), x @ op.dense().mT + bias, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(kernel(x[None], None), (x @ op.dense().mT)[None], rtol=1e-4, atol=1e-4)
+            for strided in (torch.stack([x, x], -1)[..., 0], x.mT.contiguous().mT, x[:1].expand(rows, 10)):
+                torch.testing.assert_close(kernel(strided, None), strided @ op.dense().mT, rtol=1e-4, atol=1e-4)
             assert kernel(x[:0], bias).shape == (0, op.shape[0])
             with FlopCounterMode(display=False) as counter:
                 kernel(x, None)
@@ -376,6 +378,8 @@ def test_codes_of_four_bits_run_as_they_are() -> None:
         assert y.dtype == half
         assert float((y - wanted).norm() / wanted.norm()) < 6e-3  # of bfloat16: the dense product is as far off
     assert kernel(x[:0], bias).shape == (0, 2, 48)
+    for strided in (x.transpose(0, 1), torch.stack([x, x], -1)[..., 0], x[0, 0], x[:, -1:], x[:1].expand(2, 2, 96)):
+        assert torch.equal(kernel(strided, None), kernel(strided.contiguous(), None))
     (step,) = (s for s in trace(partial(kernel, bias=None), (6, 96), half) if isinstance(s, MatrixProduct))
     assert step == MatrixProduct(1, 6, 48, 96, False, True, False, half, bits=4)
     assert step.nbytes == 2 * (6 * 96 + 6 * 48) + 96 * 48 // 2

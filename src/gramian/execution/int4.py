@@ -78,7 +78,7 @@ class Int4(Operator):
         """``x A^T``: x (..., in) bfloat16 -> (..., out)."""
         if watched(x) or x.numel() == 0:
             return self.source.apply(x)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernel takes no other
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.source.group, self.affine)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
