@@ -152,9 +152,7 @@ def in_bytes(small: Small, results: Results) -> None:
     half = copy.deepcopy(small.model).to(torch.bfloat16)
     grams = small.grams
     names = list(grams)
-    size = {"bits": 4, "feedback": False, "scaling": "rms"}
-    plan = Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in names])
-    made = {"higgs, 4 bits everywhere": gramian.compress(half, plan, grams=grams)}
+    made = {"higgs, 4 bits everywhere": gramian.compress(half, four_bits(names, scaling="rms"), grams=grams)}
     for recipe in ("auto", "higgs", "gptq"):
         made[recipe] = gramian.compress(half, small.calibration, grams=grams, recipe=recipe, keep=BYTES, cost="bytes")
     before = sum(p.numel() * 2 for n, p in half.named_parameters() if n.removesuffix(".weight") in names)
@@ -165,6 +163,12 @@ def in_bytes(small: Small, results: Results) -> None:
         results.keep(
             "bytes", label, {**small.score(model.float(), everything=True), "bytes": round(stored / before, 4)}
         )
+
+
+def four_bits(names: list[str], **size: Any) -> Plan:
+    """Every layer rounded to 4 bits, to the nearest level."""
+    size = {"bits": 4, "feedback": False, **size}
+    return Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in names])
 
 
 def again(small: Small, results: Results) -> None:
@@ -208,8 +212,7 @@ def large(small: Small, results: Results) -> None:
 
     grams = gramian.collect(model, batches, exclude=["lm_head"], objective="none")
     measure("half the FLOPs", model, gramian.compress(model, grams=grams, keep=0.5, cost="flops"))
-    size = {"bits": 4, "rotate": False, "grid": "uniform", "feedback": False}  # as gptq stores them, sooner made
-    plan = Plan("bytes", BYTES, 0, [Entry([name], "quantized", size, 0, 0.0) for name in grams])
+    plan = four_bits(list(grams), rotate=False, grid="uniform")  # as gptq stores them, sooner made
     half = model.to(torch.bfloat16)
     measure("bfloat16, 4 bits", half, gramian.compress(half, plan, grams=grams))
 

@@ -59,8 +59,7 @@ def test_half_precision_is_copied_only_where_that_is_allowed() -> None:
         prepare(layer, recast=recast)
         with torch.no_grad():
             layer(torch.randn(1, 6))
-        (ready,) = (prepared for prepared in (layer._kept._made,) if prepared is not None)
-        assert ready._recast is recast
+        assert layer._kept._made._recast is recast
 
 
 def test_prepared_layers_are_linear_layers_to_everything_else() -> None:

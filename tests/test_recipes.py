@@ -39,7 +39,7 @@ from gramian.models.job import Job, Settings
 from gramian.models.reconstruct import ScaledRounding, block_of, reconstruct
 from gramian.models.sensitivity import measure
 from gramian.models.workload import tensor_workload
-from gramian.nn import StructuredLinear
+from gramian.nn import PreparedLinear, StructuredLinear
 from gramian.ops import BlockLowRank, Dictionary, LowRankQuantized, Quantized
 from gramian.ops.quantized import grid_error, grid_levels
 
@@ -482,7 +482,7 @@ def test_embedding_recipe_factors_tables_by_frequency_and_nothing_else() -> None
     model = Words().eval()
     draws = torch.distributions.Geometric(0.02).sample((256, 12)).long().clamp_max(299)
     small = gramian.compress(model, list(draws.split(64)), recipe="embedding", keep=0.5)
-    assert isinstance(small.head, nn.Linear)
+    assert type(small.head) is PreparedLinear
     op = small.table.op
     assert isinstance(op, BlockLowRank)
     f = (torch.bincount(draws.flatten(), minlength=300).double() + 0.1).sqrt()[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.kernels import Kernel
 from gramian.execution.work import trace
-from gramian.ops import Dense, Operator, Quantized
+from gramian.ops import Dense, Operator
 
 DENSE_ABOVE = 0.75
 """Without a cost model: run dense when the structured product takes more than this share of its operations."""
@@ -87,9 +88,9 @@ class Form:
 
     def operator(self, op: Operator) -> Operator:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
-        if self.way == "int4":
-            assert isinstance(op, Quantized)
-            return int4.Int4.of(op)
+        packed = kernels.WAYS[self.way].packed
+        if packed is not None:
+            return packed(op)
         return (Dense(op.dense().contiguous()) if self.dense else op.runtime()).to(dtype=self.dtype)
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
@@ -245,7 +246,7 @@ class Prepared:
         self._dtype = dtype or op.dtype
         self._kernels: dict[int, Kernel] = {}
         self._seen: dict[torch.Size, Kernel] = {}
-        self._running: dict[tuple[bool, torch.dtype, bool], Operator] = {}
+        self._running: dict[tuple[Hashable, ...], Operator] = {}
 
     def form(self, batch: int) -> Form:
         """How `batch` rows run, as predicted for the next power of two."""
@@ -297,7 +298,7 @@ class Prepared:
         return self._operator(form).nbytes
 
     def _operator(self, form: Form) -> Operator:
-        place = (form.dense, form.dtype, form.way == "int4")
+        place = (form.dense, form.dtype, kernels.WAYS[form.way].packed)
         if place not in self._running:
             with torch.no_grad(), torch.autocast(self.op.device.type, enabled=False):
                 self._running[place] = form.operator(self.op)

@@ -57,8 +57,9 @@ class Int4(Operator):
     affine: Tensor
 
     @classmethod
-    def of(cls, op: Quantized) -> Int4:
-        """The same matrix; its scales in bfloat16, as in the dense matrix of a model in that dtype."""
+    def of(cls, op: Operator) -> Int4:
+        """The same matrix (``able``); its scales in bfloat16, as in the dense matrix of a model in that dtype."""
+        assert isinstance(op, Quantized)
         codes = unpack(op.codes, 4, op.columns).int()
         half = (op.scales / 15).to(torch.bfloat16)  # levels are scale * (2 code - 15) / 15
         affine = torch.stack([2 * half, half], -1).transpose(0, 1).contiguous()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.execution import onednn
+from gramian.execution import int4, onednn
 from gramian.execution.onednn import Grouped, Kernel
 from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Sum
 from gramian.ops.blast import FEW_ROWS
@@ -29,10 +29,12 @@ class Way:
     Attributes:
         linear: weight (out, in) -> the product of it.
         grouped: values (groups, s, p) -> the product of them; None for ``op.apply``.
+        packed: an operator as it is stored -> what runs in its place; None for its run-time form, or the dense matrix.
     """
 
     linear: Callable[[Tensor], Kernel]
     grouped: Callable[[Tensor], Grouped] | None = None
+    packed: Callable[[Operator], Operator] | None = None
 
 
 def plain(weight: Tensor) -> Kernel:
@@ -59,19 +61,6 @@ def cut(weight: Tensor) -> Kernel:
         y = torch.bmm(x.reshape(1, -1, in_).expand(count, -1, -1), blocks)
         y = y.transpose(0, 1).reshape(*x.shape[:-1], out)
         return y if bias is None else y + bias.to(y.dtype)
-
-    return product
-
-
-def cut_blocks(values: Tensor) -> Grouped:
-    """Blocks, which are cut already: one batch of products."""
-    groups, s, p = values.shape
-    blocks = values.mT
-
-    def product(x: Tensor) -> Tensor:
-        if len(x) == 1:  # views alone
-            return torch.bmm(x.reshape(groups, 1, p), blocks).view(1, groups * s)
-        return torch.bmm(x.reshape(-1, groups, p).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, groups * s)
 
     return product
 
@@ -103,10 +92,10 @@ def turned_blocks(values: Tensor) -> Grouped:
 
 WAYS = {
     "plain": Way(plain),
-    "cut": Way(cut, cut_blocks),
+    "cut": Way(cut, onednn.batched),  # blocks are cut already
     "turned": Way(turned, turned_blocks),
     "onednn": Way(onednn.linear, onednn.grouped),
-    "int4": Way(plain),  # of what ``int4.Int4`` packed
+    "int4": Way(plain, packed=int4.Int4.of),
 }
 """By name."""
 
@@ -215,8 +204,13 @@ def _stepwise(steps: Sequence[Step]) -> Kernel:
 def _steps(op: Operator, grouped: Callable[[Tensor], Grouped]) -> list[Step] | None:
     """The product of a matrix of blocks, or of several; None for any other operator."""
     if isinstance(op, Product):
-        every = [_steps(part, grouped) for part in reversed(op.parts)]
-        return None if None in every else [step for steps in every for step in steps or ()]
+        steps: list[Step] = []
+        for part in reversed(op.parts):
+            more = _steps(part, grouped)
+            if more is None:
+                return None
+            steps += more
+        return steps
     if isinstance(op, BlockDiagonal):
         b, s, p = op.values.shape
         return [

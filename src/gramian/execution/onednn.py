@@ -50,15 +50,27 @@ def linear(weight: Tensor) -> Kernel:
     return product
 
 
+def batched(values: Tensor) -> Grouped:
+    """The product with block-diagonal matrices (groups, s, p) by torch's own choice: one batch of products."""
+    groups, s, p = values.shape
+    blocks = values.mT
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) == 1:  # views alone
+            return torch.bmm(x.reshape(groups, 1, p), blocks).view(1, groups * s)
+        return torch.bmm(x.reshape(-1, groups, p).transpose(0, 1), blocks).transpose(0, 1).reshape(-1, groups * s)
+
+    return product
+
+
 def grouped(values: Tensor) -> Grouped:
     """The product with block-diagonal float32 matrices (groups, s, p), as a convolution over rows of one pixel each."""
     groups, s, p = values.shape
-    kernel = values.reshape(groups * s, p, 1, 1)
+    kernel, by_torch = values.reshape(groups * s, p, 1, 1), batched(values)
 
     def product(x: Tensor) -> Tensor:
         if not len(x) or watched(x, values):
-            blocks = x.reshape(-1, groups, p).transpose(0, 1)
-            return torch.bmm(blocks, values.mT).transpose(0, 1).reshape(-1, groups * s)
+            return by_torch(x)
         image = x.reshape(1, len(x), 1, groups * p).permute(0, 3, 1, 2)  # channels last: a view
         if x.is_meta:
             y = F.conv2d(image, kernel, groups=groups)
@@ -80,4 +92,4 @@ if present():
         return 2 * math.prod(x) * weight[0] * weight[1] // x[1]
 
 
-__all__ = ["grouped", "linear", "present"]
+__all__ = ["batched", "grouped", "linear", "present"]

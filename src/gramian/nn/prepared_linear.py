@@ -30,9 +30,7 @@ class PreparedLinear(Keeping, nn.Linear):
         """As ``nn.Linear``: x (..., in) -> (..., out)."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         # Another library's tensor (quantised, sharded) is multiplied in its own way.
-        if type(weight) is not nn.Parameter or x.dtype != weight.dtype or captured():
-            return super().forward(x)
-        if differentiable(x, weight, bias):
+        if type(weight) is not nn.Parameter or x.dtype != weight.dtype or captured() or differentiable(x, weight, bias):
             return super().forward(x)
         prepared = self._kept.get([weight], self._make)
         return super().forward(x) if prepared is None else prepared(x, bias)
