@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common import write
 from gramian.execution import CostModel, Prepared, calibrate, candidates, forget, predicted, save
@@ -93,10 +93,12 @@ def decode(n: int = 2048, held: float = 256e6) -> None:
     """
     x = torch.randn(1, n)
 
-    matrices = [torch.randn(n, n) for _ in range(round(held / (4 * n * n)))]
-    calls = {"dense": taking_turns(partial(F.linear, x, weight) for weight in matrices)}
-    calls["dense, ours"] = taking_turns(partial(Prepared(Dense(weight)), x) for weight in matrices)
-    calls["a plain read"] = taking_turns(matrix.sum for matrix in matrices)
+    def matrices() -> list[Tensor]:  # of each call its own: what another has just read may still lie in a cache
+        return [torch.randn(n, n) for _ in range(round(held / (4 * n * n)))]
+
+    calls = {"dense": taking_turns(partial(F.linear, x, weight) for weight in matrices())}
+    calls["dense, ours"] = taking_turns(partial(Prepared(Dense(weight)), x) for weight in matrices())
+    calls["a plain read"] = taking_turns(matrix.sum for matrix in matrices())
     nbytes = dict.fromkeys(calls, 4 * n * n)
     with torch.inference_mode():
         for name, op in zoo(n).items():

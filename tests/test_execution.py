@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from gramian.execution import (
     calibration,
     candidates,
     choose,
+    compiled,
     forms,
     int4,
     onednn,
@@ -40,6 +42,7 @@ from gramian.execution import (
 )
 from gramian.execution.cost_model import features
 from gramian.execution.trees import Trees
+from gramian.modes import counted
 from gramian.nn import FeatureMajor, StructuredLinear, as_linear
 from gramian.ops import (
     Blast,
@@ -307,12 +310,13 @@ def test_what_cannot_be_cut_runs_whole() -> None:
     ],
 )
 def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> None:
-    every = candidates(op, FLOAT, rows, by_onednn=True)
+    every = candidates(op, FLOAT, rows, libraries=("onednn", "compiled") if compiled.present() else ("onednn",))
     forms = [form for form in every if form.way != "plain" and (not form.dense or isinstance(op, Dense))]
     ways = [form.way for form in forms]
     assert ("onednn" in ways) == (how == "always" or (how == "many" and rows > 16) or isinstance(op, Sum))
     assert ("turned" in ways) == (how != "never" and rows < 9)
     assert ("cut" in ways) == (how != "never")
+    assert ("compiled" in ways) == (how != "never" and compiled.present())
     x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
     for form in forms:
         kernel = form.kernel(form.operator(op), FLOAT)
@@ -326,7 +330,7 @@ def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> Non
                 kernel(x, None)
         meta = form.kernel(form.operator(op.to("meta")), FLOAT)
         steps = [s for s in trace(lambda x, k=meta: k(x, None), (rows, 10), FLOAT) if isinstance(s, MatrixProduct)]
-        assert any(step.onednn for step in steps) == (form.way == "onednn")
+        assert {"onednn", "compiled"} & {step.library for step in steps} == {"onednn", "compiled"} & {form.way}
         padded = sum(step.flops for step in steps)
         assert padded == counter.get_total_flops() >= op.runtime().flops(rows) - rows * op.shape[0]
         # Where gradients or function transforms look on, torch's own products.
@@ -349,7 +353,7 @@ def test_onednn_competes_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) 
     op = Dense(torch.randn(512, 512))
     assert not any(form.way == "onednn" for form in forms.ranked(op, 512, FLOAT, model))
     model.products["float32 onednn"] = [
-        (replace(p, onednn=True), s / 2) for p, s in model.products["float32"] if not p.left_transposed
+        (replace(p, library="onednn"), s / 2) for p, s in model.products["float32"] if not p.left_transposed
     ]
     model = CostModel.from_json(json.loads(json.dumps(model.to_json())))
     form, seconds = choose(op, 512, model=model)
@@ -360,7 +364,7 @@ def test_onednn_competes_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(calibration, "_onednn_gains", lambda gains=gains: gains)
         measured = calibration.calibrate(budget=0.5)
         rows = measured.products.get("float32 onednn", [])
-        assert all(p.onednn and (p.count == 1 or p.m >= onednn.GROUPED_ROWS) for p, _ in rows)
+        assert all(p.library == "onednn" and (p.count == 1 or p.m >= onednn.GROUPED_ROWS) for p, _ in rows)
         assert bool(rows) == gains
 
 
@@ -567,6 +571,19 @@ def test_a_budget_of_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     again = sum(options.nanoseconds(op) for made in built for op, _ in made.layers.values())
     assert again == plan.used, "what was built is what was planned"
     calibration.forget()
+
+
+def test_tracing_on_several_threads_leaves_no_mode_behind() -> None:
+    op = BlockLowRank.init((48, 40), rank=3, blocks=(2, 2))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: work(op, 7), range(200)))
+    assert all(steps == found[0] for steps in found)
+    assert not counted()
+    with FlopCounterMode(display=False):
+        assert counted()
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(counted).result(), "a mode is of its thread"
+    assert not counted()
 
 
 def test_work_is_the_same_in_inference_mode() -> None:

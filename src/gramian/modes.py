@@ -40,6 +40,13 @@ def tracked(*tensors: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or differentiable(*tensors)
 
 
+def counted() -> bool:
+    """Whether a dispatch mode, such as a counter of operations, sees all that this thread runs. (What torch's own
+    ``is_in_torch_dispatch_mode`` tells is of the process, and is wrong for ever once two threads were in modes at a time.)
+    """
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def watched(*tensors: Tensor) -> bool:
     """Whether anything looks on that a bare operation of a library would pass by: autograd, forward mode, a transform of
     ``torch.func``, or autocast, which would choose the dtype.

@@ -34,6 +34,10 @@ def run_calibrate(*, json_output: bool = False, budget: float = 17.0) -> None:
         click.echo(json.dumps(facts))
         return
     click.echo(f"measured {sum(facts['products'].values())} products in {facts['seconds']} s\ncalibration  {path}")
+    if "compiled" not in model.libraries:
+        click.echo(
+            "there is no C compiler ($CC, cc, gcc or clang): products of few rows run by torch alone, and slower"
+        )
 
 
 def run_bench(

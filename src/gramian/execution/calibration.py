@@ -8,7 +8,6 @@ import os
 import platform
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
-from gramian.execution import onednn
+from gramian.execution import compiled, onednn
+from gramian.execution.cache import cache_directory
 from gramian.execution.cost_model import CostModel
+from gramian.execution.steps import Stack
 from gramian.execution.work import MatrixProduct
 from gramian.ops.sparse import sparse_product
 
@@ -55,17 +56,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def cache_file() -> Path:
     """Where the calibration of this machine is kept, in the user's cache directory."""
-    root = os.environ.get("GRAMIAN_CACHE")
-    if root is None:
-        if sys.platform == "win32":
-            root = os.path.join(os.environ.get("LOCALAPPDATA", str(Path.home())), "gramian")
-        elif sys.platform == "darwin":
-            root = str(Path.home() / "Library" / "Caches" / "gramian")
-        else:
-            root = os.path.join(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")), "gramian")
     about = machine()
     name = "-".join(str(about[key]) for key in ("device", "capability", "threads", "torch"))
-    return Path(root) / f"calibration-{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
+    return cache_directory() / f"calibration-{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json"
 
 
 def best_seconds(call: Callable[[], object], *, at_least: float = 0.0005, repeats: int = 3) -> float:
@@ -110,10 +103,10 @@ def in_turn(calls: Sequence[Sequence[Callable[[], object]]], rounds: int = 3) ->
 
 
 def random_product(
-    r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS, *, by_onednn: bool = False
+    r: random.Random, dtype: torch.dtype, largest: float = LARGEST_FLOPS, *, library: str = ""
 ) -> MatrixProduct:
-    """A shape as structured layers have them: batches of small blocks, skinny and square products; those of oneDNN are of
-    rows of activations with weights (n, k), and blocks of more than a few rows.
+    """A shape as structured layers have them: batches of small blocks, skinny and square products; those of other libraries
+    are of rows of activations with weights (n, k), of as many rows as the library is for.
     """
     while True:
         count = 1 if r.random() < 0.6 else 2 ** r.randint(1, 6)
@@ -124,9 +117,12 @@ def random_product(
             m, n, k = (v if v < 8 else -(-v // 8) * 8 for v in (m, n, k))
         if r.random() < 0.5:
             m, n = n, m
-        if by_onednn:
-            m = max(m, onednn.GROUPED_ROWS) if count > 1 else m
-            product = MatrixProduct(count, m, n, k, False, True, False, dtype, True)
+        if library == "onednn" and count > 1:
+            m = max(m, onednn.GROUPED_ROWS)
+        if library == "compiled":
+            m = min(m, r.randint(1, compiled.MOST_ROWS))
+        if library:
+            product = MatrixProduct(count, m, n, k, False, True, False, dtype, library)
         else:
             product = MatrixProduct(count, m, n, k, r.random() < 0.3, r.random() < 0.5, False, dtype)
         if 1e3 <= product.flops <= largest and product.nbytes <= 2e8:
@@ -144,15 +140,29 @@ def time_product(product: MatrixProduct, device: str = "cpu") -> float:
 
 def _ready(product: MatrixProduct, device: str) -> Callable[[], object]:
     """A product on operands of its own."""
-    if product.onednn:
-        x = torch.full((product.m, product.count * product.k), 0.5)
-        values = torch.full((product.count, product.n, product.k), 0.5)
+    if product.library:
+        x = torch.full((product.m, product.count * product.k), 0.5, dtype=product.dtype)
+        values = torch.full((product.count, product.n, product.k), 0.5, dtype=product.dtype)
+        if product.library == "compiled":
+            whole = compiled.chain([Stack(values)], (product.count * product.n, x.shape[1]), lambda x, bias: x)
+            assert whole is not None
+            return partial(whole, x, None)
         if product.count == 1:
             return partial(onednn.linear(values[0]), x, None)
         return partial(onednn.grouped(values), x)
     left = _operand(product.count, product.m, product.k, product.left_transposed, product.dtype, device)
     right = _operand(product.count, product.k, product.n, product.right_transposed, product.dtype, device)
     return partial(torch.mm, left[0], right[0]) if product.count == 1 else partial(torch.bmm, left, right)
+
+
+def _kinds() -> list[tuple[torch.dtype, str, float]]:
+    """What is measured: dtype, library, and the share of the time until which. Little is enough where few rows are all."""
+    shares = [(torch.bfloat16, "", 0.12), (torch.float32, "", 0.8)]
+    if _onednn_gains():
+        shares = [(torch.bfloat16, "", 0.1), (torch.float32, "", 0.54), (torch.float32, "onednn", 0.27)]
+    if compiled.present():
+        shares += [(dtype, "compiled", 0.02) for dtype in compiled.DTYPES]
+    return [(dtype, library, sum(s for *_, s in shares[: i + 1])) for i, (dtype, library, _) in enumerate(shares)]
 
 
 def _onednn_gains() -> bool:
@@ -178,8 +188,8 @@ def calibrate(*, budget: float = 17.0, seed: int = 0, progress: Callable[[float]
     """Measure products and passes for about `budget` seconds, on the threads torch uses now.
 
     Args:
-        budget: seconds; three quarters go to float32 (shared with oneDNN where that gains), the rest to bfloat16 and memory
-            traffic.
+        budget: seconds; most go to float32 (shared with oneDNN where that gains), the rest to bfloat16, the compiled kernel
+            for few rows, which is made first, and memory traffic.
         seed: of the shapes.
         progress: called with the share done.
     """
@@ -193,10 +203,7 @@ def calibrate(*, budget: float = 17.0, seed: int = 0, progress: Callable[[float]
     pace, passes, penalties = Pace(), _passes(), [_strided_penalty()]
     _measure(passes, pace)
     products: dict[str, list[tuple[MatrixProduct, float]]] = {}
-    kinds = [(torch.bfloat16, False, 0.15), (torch.float32, False, 0.95)]
-    if _onednn_gains():
-        kinds = [(torch.bfloat16, False, 0.12), (torch.float32, False, 0.68), (torch.float32, True, 0.95)]
-    for dtype, by_onednn, until in kinds:
+    for dtype, library, until in _kinds():
         largest = LARGEST_FLOPS if dtype == torch.float32 else _affordable(dtype)
         start = time.perf_counter()
         share, again = until * budget - (start - begun), 0.0
@@ -204,7 +211,7 @@ def calibrate(*, budget: float = 17.0, seed: int = 0, progress: Callable[[float]
         seconds: list[list[float]] = []
         short: list[int] = []
         while len(shapes) < 24 or (time.perf_counter() - start + again < share and len(shapes) < MOST_SHAPES):
-            shape, before = random_product(r, dtype, largest, by_onednn=by_onednn), time.perf_counter()
+            shape, before = random_product(r, dtype, largest, library=library), time.perf_counter()
             took = time_product(shape)
             shapes.append(shape)
             seconds.append([pace.relative(took)])

@@ -21,7 +21,7 @@ from gramian.errors import GramianError
 from gramian.execution.trees import Trees
 from gramian.execution.work import INDEXED, MatrixProduct, Pass, Step
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class CostModel:
         assert self._learned
 
     @property
-    def onednn(self) -> bool:
-        """Whether products by oneDNN were measured: whether they compete."""
-        return any(product.onednn for rows in self.products.values() for product, _ in rows[:1])
+    def libraries(self) -> frozenset[str]:
+        """Whose products were measured, beside torch's own choice: whose compete."""
+        return frozenset(product.library for rows in self.products.values() for product, _ in rows[:1]) - {""}
 
     def roofline(self, dtype: torch.dtype) -> Roofline:
         """What the predictions of that dtype's products start from."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gramian.execution import int4, kernels, onednn
+from gramian.execution import compiled, int4, kernels, onednn
 from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.kernels import Kernel
 from gramian.execution.work import trace
+from gramian.modes import counted
 from gramian.ops import Dense, Operator
 
 DENSE_ABOVE = 0.75
@@ -61,6 +61,9 @@ FEW_ROWS = 64
 FEWER_ROWS = 8
 """up to so many "turned" (``Form.way``)."""
 
+LIBRARIES: dict[str, Callable[[], bool]] = {"onednn": onednn.present, "compiled": compiled.present}
+"""That compete where the calibration measured them and they are there."""
+
 SHAPES = 256
 """Of x, for which the kernel is known without counting rows: a microsecond a call."""
 
@@ -79,6 +82,7 @@ class Form:
             badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. Stacks of blocks are cut already, and run so
             with any number of rows. "turned", for fewer: pieces and blocks times columns of x^T, which some libraries read
             weights faster for. "onednn": by oneDNN, in float32. "int4", for few: on codes of 4 bits as they are.
+            "compiled", for few: all in one call of a kernel compiled on this machine.
     """
 
     dense: bool
@@ -118,7 +122,7 @@ def _columns(op: Operator) -> Kernel:
 
 
 def candidates(
-    op: Operator, dtype: torch.dtype, batch: int = 0, *, by_onednn: bool = False, recast: bool = True
+    op: Operator, dtype: torch.dtype, batch: int = 0, *, libraries: Collection[str] = (), recast: bool = True
 ) -> list[Form]:
     """The candidates: structured and dense, in `dtype` and in float32; row- and feature-major (for a single row both are
     the same), in every way that is for so many rows.
@@ -127,7 +131,7 @@ def candidates(
         op: any operator.
         dtype: of what comes in.
         batch: rows of x; 0 for many.
-        by_onednn: products of float32 by oneDNN too.
+        libraries: "onednn": products of float32 by oneDNN too; "compiled": of few rows by a compiled kernel too.
         recast: half precision in float32 too.
     """
     runs = op.to("meta").runtime()
@@ -147,7 +151,10 @@ def candidates(
             if 1 <= batch <= FEWER_ROWS and (plain or stacks):
                 out.append(Form(dense, False, kind, "turned"))
             many = not 1 <= batch < onednn.GROUPED_ROWS
-            if by_onednn and kind == dtype == torch.float32 and (plain or (stacks and many)):
+            few = 1 <= batch <= compiled.MOST_ROWS and kind == dtype in compiled.DTYPES
+            if "compiled" in libraries and few and (plain or stacks):
+                out.append(Form(dense, False, kind, "compiled"))
+            if "onednn" in libraries and kind == dtype == torch.float32 and (plain or (stacks and many)):
                 out.append(Form(dense, False, kind, "onednn"))
     return out
 
@@ -193,7 +200,8 @@ def choose(
 def ranked(op: Operator, batch: int, dtype: torch.dtype, model: CostModel, *, recast: bool = True) -> dict[Form, float]:
     """Every form's predicted seconds, the fastest first."""
     light = op.to("meta")
-    forms = candidates(light, dtype, batch, by_onednn=onednn.present() and model.onednn, recast=recast)
+    libraries = {name for name in model.libraries if LIBRARIES[name]()}
+    forms = candidates(light, dtype, batch, libraries=libraries, recast=recast)
     seconds = {form: predicted(light, form, batch, dtype, model) for form in forms}
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
@@ -264,7 +272,7 @@ class Prepared:
         """
         batch = _rows_of(x)
         model = stored() if x.device.type == "cpu" else None
-        if model is None or is_in_torch_dispatch_mode():  # a mode may count what runs
+        if model is None or counted():  # a mode may count what runs
             return self.form(batch)
         shapes = tuple((name, factor.shape, factor.dtype) for name, factor in self.op.factors().items())
         key = (self.op.kind, self.op.shape, shapes, self._dtype, self._recast, _power(batch), torch.get_num_threads())

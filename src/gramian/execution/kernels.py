@@ -1,7 +1,8 @@
 """Row-major products put together from two words: a matrix times rows, and a stack of blocks times runs of rows.
 
-A *way* says how both are done. The structures that are made of nothing else (low rank, blocks, BLAST, chosen rows or columns,
-sums and products of all of these) then run in every way; what is left runs as ``op.apply``.
+A *way* says how both are done, or a whole chain of them. The structures that are made of nothing else (low rank, blocks, BLAST,
+chosen rows or columns, sums and products of all of these: ``execution.steps``) then run in every way; what is left runs as
+``op.apply``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.execution import int4, onednn
+from gramian.execution import compiled, int4, onednn
 from gramian.execution.onednn import Grouped, Kernel
-from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, Sum
+from gramian.execution.steps import Matrix, Mixed, Placed, Stack, Step, Swapped, Taken, steps_of
+from gramian.ops import Operator, Product, Sum
 from gramian.ops.blast import FEW_ROWS
 
 PIECES = 8
@@ -30,11 +32,13 @@ class Way:
         linear: weight (out, in) -> the product of it.
         grouped: values (groups, s, p) -> the product of them; None for ``op.apply``.
         packed: an operator as it is stored -> what runs in its place; None for its run-time form, or the dense matrix.
+        chain: all steps at once, given also (out, in) and how torch does it; it may refuse. None for one after the other.
     """
 
     linear: Callable[[Tensor], Kernel]
     grouped: Callable[[Tensor], Grouped] | None = None
     packed: Callable[[Operator], Operator] | None = None
+    chain: Callable[[Sequence[Step], tuple[int, int], Kernel], Kernel | None] | None = None
 
 
 def plain(weight: Tensor) -> Kernel:
@@ -96,25 +100,24 @@ WAYS = {
     "turned": Way(turned, turned_blocks),
     "onednn": Way(onednn.linear, onednn.grouped),
     "int4": Way(plain, packed=int4.Int4.of),
+    "compiled": Way(plain, chain=compiled.chain),
 }
 """By name."""
 
 
 def rows(op: Operator, way: Way) -> Kernel:
     """``x A^T + bias``, x (..., in)."""
-    if isinstance(op, Dense):
-        return way.linear(op.weight)
-    if isinstance(op, BlockLowRank) and op.blocks == (1, 1):
-        left, right = way.linear(op.left[0]), way.linear(op.right[0])
-        return lambda x, bias: left(right(x, None), bias)
-    special = _chosen(op, way) if isinstance(op, Product) else None
-    steps = None if special or way.grouped is None else _steps(op, way.grouped)
+    steps = steps_of(op, in_runs=way.grouped is not None)
     if steps is not None:
-        special = _stepwise(steps)
-    elif special is None and isinstance(op, Product | Sum):
+        whole = None if way.chain is None else way.chain(steps, op.shape, rows(op, WAYS["plain"]))
+        if whole is not None:
+            return whole
+        if way.grouped is not None or not any(isinstance(step, Stack) for step in steps):
+            return _stepwise(steps, way)
+    if isinstance(op, Product | Sum):
         kernels = [rows(part, way) for part in op.parts]
-        special = _chained(kernels[::-1]) if isinstance(op, Product) else _added(kernels)
-    return special or _applied(op)
+        return _chained(kernels[::-1]) if isinstance(op, Product) else _added(kernels)
+    return _applied(op)
 
 
 def multiplied(op: Operator) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,26 +135,6 @@ def multiplied(op: Operator) -> tuple[list[Tensor], list[Tensor]]:
 
     rows(op, Way(linear, grouped))
     return matrices, stacks
-
-
-def _chosen(op: Product, way: Way) -> Kernel | None:
-    """Some rows or some columns of a dense matrix: what is left when coordinates were chosen."""
-    if len(op.parts) != 2:
-        return None
-    left, right = op.parts
-    if isinstance(left, Selection) and isinstance(right, Dense) and left.scatter:
-        some, index, size = way.linear(right.weight), left.index.long(), left.size
-
-        def scattered(x: Tensor, bias: Tensor | None) -> Tensor:
-            found = some(x, None)
-            y = found.new_zeros(*x.shape[:-1], size).index_copy_(-1, index, found)
-            return y if bias is None else y + bias
-
-        return scattered
-    if isinstance(left, Dense) and isinstance(right, Selection) and not right.scatter:
-        columns, index = way.linear(left.weight), right.index
-        return lambda x, bias: columns(x.index_select(-1, index), bias)
-    return None
 
 
 def _applied(op: Operator) -> Kernel:
@@ -186,104 +169,93 @@ def _added(kernels: Sequence[Kernel]) -> Kernel:
     return product
 
 
-Step = Callable[[Tensor], Tensor]
-"""(B, numbers) -> (B, other numbers)."""
+Move = Callable[[Tensor], Tensor]
+"""x (..., numbers) -> (..., other numbers)."""
 
 
-def _stepwise(steps: Sequence[Step]) -> Kernel:
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+def _stepwise(steps: Sequence[Step], way: Way) -> Kernel:
+    """One step after the other; the bias with the last, where that is a matrix."""
+    *first, last = steps
+    moves = [_move(step, way) for step in first]
+    end = way.linear(last.weight) if isinstance(last, Matrix) else _then_added(_move(last, way))
+    if all(isinstance(step, Matrix | Taken | Placed) for step in steps):
+
+        def product(x: Tensor, bias: Tensor | None) -> Tensor:
+            for move in moves:
+                x = move(x)
+            return end(x, bias)
+
+        return product
+
+    def flat(x: Tensor, bias: Tensor | None) -> Tensor:
         y = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        for step in steps:
-            y = step(y)
-        y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+        for move in moves:
+            y = move(y)
+        y = end(y, bias)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return flat
+
+
+def _then_added(move: Move) -> Kernel:
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        y = move(x)
         return y if bias is None else y + bias.to(y.dtype)
 
     return product
 
 
-def _steps(op: Operator, grouped: Callable[[Tensor], Grouped]) -> list[Step] | None:
-    """The product of a matrix of blocks, or of several; None for any other operator."""
-    if isinstance(op, Product):
-        steps: list[Step] = []
-        for part in reversed(op.parts):
-            more = _steps(part, grouped)
-            if more is None:
-                return None
-            steps += more
-        return steps
-    if isinstance(op, BlockDiagonal):
-        b, s, p = op.values.shape
-        return [
-            *_gathered(b, p, op.columns, op.strided_columns),
-            grouped(op.values),
-            *_scattered(b, s, op.rows, op.strided_rows),
-        ]
-    if isinstance(op, BlockLowRank):
-        (j, s, tk), (k, _, p) = op.left.shape, op.right.shape
-        t = tk // k
-        # The ranks of a block side by side: between the products, runs of t numbers move and not single ones.
-        left = op.left.reshape(j, s, t, k).mT.reshape(j, s, tk)
+def _move(step: Step, way: Way) -> Move:
+    """How torch does a step: on rows (B, numbers), or of any shape where all steps are of matrices and chosen places."""
+    if isinstance(step, Matrix):
+        multiply = way.linear(step.weight)
+        return lambda x: multiply(x, None)
+    if isinstance(step, Stack):
+        assert way.grouped is not None
+        return way.grouped(step.values)
+    if isinstance(step, Mixed):
+        return _mixed(step.scales)
+    if isinstance(step, Swapped):
+        return _swapped(step)
+    if isinstance(step, Taken):
+        return lambda x: x.index_select(-1, step.index)
+    if isinstance(step, Placed):
+        index = step.index.long()
+        return lambda x: x.new_zeros(*x.shape[:-1], step.size).index_copy_(-1, index, x)
 
-        def between(z: Tensor) -> Tensor:
-            return z.reshape(-1, k, j, t).transpose(1, 2).reshape(-1, j * tk)
+    def resized(x: Tensor) -> Tensor:
+        more = step.size - x.shape[-1]
+        return F.pad(x, (0, more)) if more > 0 else x[:, : step.size]
 
-        return [
-            *_gathered(k, p, op.columns, op.strided_columns),
-            grouped(op.right),
-            between,
-            grouped(left),
-            *_scattered(j, s, op.rows, op.strided_rows),
-        ]
-    if isinstance(op, Blast):
-        (i, s, r), (k, _, p) = op.left.shape, op.right.shape
-
-        def mixed(z: Tensor) -> Tensor:
-            if len(z) <= FEW_ROWS:
-                z = op.scales @ z.reshape(-1, k, r).permute(2, 1, 0)  # (r, I, B)
-                return z.permute(2, 1, 0).reshape(-1, i * r)
-            # Turned as a whole, twice: products of views whose numbers lie apart take several times as long.
-            across = z.mT.contiguous().view(k, r, -1).transpose(0, 1)  # (r, K, B)
-            return (op.scales @ across).transpose(0, 1).reshape(i * r, -1).mT.contiguous()
-
-        return [
-            *_gathered(k, p, op.columns, False),
-            grouped(op.right),
-            mixed,
-            grouped(op.left),
-            *_scattered(i, s, op.rows, False),
-        ]
-    return None
+    return resized
 
 
-def _gathered(count: int, width: int, columns: int, strided: bool) -> list[Step]:
-    """(B, columns) -> (B, count * width), block by block."""
-    steps: list[Step] = []
-    if count * width > columns:
-        steps.append(lambda x: F.pad(x, (0, count * width - columns)))
-    if strided:
-        steps.append(_turned_in_rows(width, count))
-    return steps
+def _swapped(step: Swapped) -> Move:
+    long, short, run = step.long, step.short, step.run
 
-
-def _turned_in_rows(long: int, short: int) -> Step:
-    """Each row, a matrix (long, short) written row by row, written column by column."""
-
-    def step(x: Tensor) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         if len(x) == 1:
             return x.reshape(long, short).t().reshape(1, long * short)
         return x.reshape(-1, long, short).mT.reshape(-1, long * short)
 
-    return step
+    def moved(x: Tensor) -> Tensor:
+        return x.reshape(-1, long, short, run).transpose(1, 2).reshape(-1, long * short * run)
+
+    return turned if run == 1 else moved
 
 
-def _scattered(count: int, width: int, rows: int, strided: bool) -> list[Step]:
-    """(B, count * width), block by block -> (B, rows)."""
-    steps: list[Step] = []
-    if strided:
-        steps.append(_turned_in_rows(count, width))
-    if rows < count * width:
-        steps.append(lambda y: y[:, :rows])
-    return steps
+def _mixed(scales: Tensor) -> Move:
+    r, i, k = scales.shape
+
+    def mixed(z: Tensor) -> Tensor:
+        if len(z) <= FEW_ROWS:
+            z = scales @ z.reshape(-1, k, r).permute(2, 1, 0)  # (r, I, B)
+            return z.permute(2, 1, 0).reshape(-1, i * r)
+        # Turned as a whole, twice: products of views whose numbers lie apart take several times as long.
+        across = z.mT.contiguous().view(k, r, -1).transpose(0, 1)  # (r, K, B)
+        return (scales @ across).transpose(0, 1).reshape(i * r, -1).mT.contiguous()
+
+    return mixed
 
 
 __all__ = ["WAYS", "Kernel", "Way", "multiplied", "pieces", "rows"]

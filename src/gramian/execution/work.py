@@ -29,7 +29,7 @@ class MatrixProduct:
         left_transposed, right_transposed: whether the operand's columns, not its rows, are contiguous in memory.
         strided: an operand is contiguous along neither axis, or the batch: a kernel must copy it or is slow.
         dtype: of the operands.
-        onednn: run by oneDNN (``execution.onednn``), not by torch's choice.
+        library: that runs it, where it is not torch's choice: "onednn" or "compiled" (the modules of those names here).
         bits: of an entry of the right operand, where they are fewer than the dtype's (``execution.int4``).
     """
 
@@ -41,13 +41,13 @@ class MatrixProduct:
     right_transposed: bool
     strided: bool
     dtype: torch.dtype
-    onednn: bool = False
+    library: str = ""
     bits: int = 0
 
     @property
     def kernels(self) -> str:
         """Which kernels run it: the dtype's name, and the library where it is not torch's choice."""
-        return str(self.dtype).removeprefix("torch.") + (" onednn" if self.onednn else "")
+        return f"{str(self.dtype).removeprefix('torch.')} {self.library}".strip()
 
     @property
     def flops(self) -> int:
@@ -111,6 +111,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = None if func.namespace == "aten" else flop_registry.get(func.overloadpacket)
         if name == "_linear_pointwise" or name.endswith("convolution"):
             self.steps.append(_by_onednn(*tensors[:2]))
+        elif name == "few_rows":
+            rows = args[0].numel() // max(args[0].shape[-1], 1)
+            for count, n, k in (stack.shape for stack in args[1]):
+                self.steps.append(MatrixProduct(count, rows, n, k, False, True, False, args[0].dtype, "compiled"))
         elif name == "_weight_int4pack_mm_for_cpu":
             (m, k), n = tensors[0].shape, tensors[1].shape[0]
             self.steps.append(MatrixProduct(1, m, n, k, False, True, False, tensors[0].dtype, bits=4))
@@ -161,7 +165,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> MatrixProduct:
     else:
         k, count = weight.shape[1], x.shape[1] // weight.shape[1]
         m, n = x.shape[2], weight.shape[0] // count
-    return MatrixProduct(count, m, n, k, False, True, False, weight.dtype, True)
+    return MatrixProduct(count, m, n, k, False, True, False, weight.dtype, "onednn")
 
 
 def _order(matrix: Tensor) -> str:
