@@ -32,9 +32,9 @@ from gramian.execution import (
     calibration,
     candidates,
     choose,
-    compiled,
     forms,
     int4,
+    native,
     onednn,
     predicted,
     trace,
@@ -310,13 +310,13 @@ def test_what_cannot_be_cut_runs_whole() -> None:
     ],
 )
 def test_every_way_is_the_same_product(op: Operator, how: str, rows: int) -> None:
-    every = candidates(op, FLOAT, rows, libraries=("onednn", "compiled") if compiled.present() else ("onednn",))
+    every = candidates(op, FLOAT, rows, libraries=("onednn", "compiled") if native.present() else ("onednn",))
     forms = [form for form in every if form.way != "plain" and (not form.dense or isinstance(op, Dense))]
     ways = [form.way for form in forms]
     assert ("onednn" in ways) == (how == "always" or (how == "many" and rows > 16) or isinstance(op, Sum))
     assert ("turned" in ways) == (how != "never" and rows < 9)
     assert ("cut" in ways) == (how != "never")
-    assert ("compiled" in ways) == (how != "never" and compiled.present())
+    assert ("compiled" in ways) == (how != "never" and native.present())
     x, bias = torch.randn(rows, 10, generator=seeded()), torch.randn(op.shape[0], generator=seeded())
     for form in forms:
         kernel = form.kernel(form.operator(op), FLOAT)

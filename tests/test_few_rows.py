@@ -1,4 +1,4 @@
-"""The kernel for a few rows that is compiled on the user's machine, and what happens where it cannot be."""
+"""The kernels for a few rows that are compiled on the user's machine, and what happens where they cannot be."""
 
 from __future__ import annotations
 
@@ -15,14 +15,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from gramian.execution import CostModel, Form, MatrixProduct, Prepared, calibration, choose, compiled, forms, kernels
+from gramian.execution import (
+    CostModel,
+    Form,
+    MatrixProduct,
+    Prepared,
+    calibration,
+    candidates,
+    choose,
+    compiled,
+    forms,
+    kernels,
+    native,
+    trace,
+)
 from gramian.execution.steps import Matrix, Placed, Stack, Taken, steps_of
 from gramian.nn import StructuredLinear, prepare
-from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, Product, Selection, monarch
+from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, Product, Quantized, Selection, monarch
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-needs_compiler = pytest.mark.skipif(not compiled.present(), reason="there is no C compiler here")
+needs_compiler = pytest.mark.skipif(not native.present(), reason="there is no C compiler here")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -170,20 +184,80 @@ def test_weights_are_read_where_they_are() -> None:
         torch.testing.assert_close(run(x, None), 2 * before)
 
 
+@st.composite
+def rounded(draw: st.DrawFn) -> Quantized:
+    out, in_ = draw(st.integers(1, 70)), draw(st.integers(1, 90))
+    return Quantized.fit(
+        torch.randn(out, in_, generator=seeded(draw(st.integers(0, 2**20)))),
+        bits=draw(st.integers(2, 8)),
+        group=draw(st.sampled_from([1, 7, 32, 128])),
+        grid=draw(st.sampled_from(["uniform", "gaussian"])),
+        rotate=draw(st.booleans()),
+        rotation=draw(st.sampled_from([2, 8, 128])),
+        rounds=draw(st.integers(1, 2)),
+    )
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=120)
+@given(rounded(), st.integers(0, 20), st.sampled_from([FLOAT, HALF]), st.integers(0, 99))
+def test_codes_run_as_they_are(op: Quantized, rows: int, dtype: torch.dtype, seed: int) -> None:
+    form = Form(False, False, dtype, "codes")
+    x = torch.randn(rows, op.shape[1], generator=seeded(seed)).to(dtype)
+    wanted = x.double() @ op.dense().double().mT
+    run = form.kernel(form.operator(op), dtype)
+    with torch.no_grad():
+        y, shaped = run(x, None), run(x[None], torch.ones(op.shape[0], dtype=dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(shaped[0], y + 1)
+    rounding = 2.0**-8 * wanted.abs() if dtype == HALF else torch.zeros_like(wanted)
+    scale = op.dense().double().abs().sum(1).max() * (x.double().abs().max() if rows else 1)
+    assert bool(((y.double() - wanted).abs() <= rounding + 3e-6 * scale).all())
+
+
+@needs_compiler
+def test_codes_run_where_nothing_looks_on() -> None:
+    op = Quantized.fit(torch.randn(40, 64, generator=seeded()), bits=3)
+    (form,) = (form for form in candidates(op, FLOAT, 4, libraries=["compiled"]) if form.way == "codes")
+    assert not any(form.way == "codes" for form in candidates(op, FLOAT, 4))
+    assert not any(form.way == "codes" for form in candidates(op, FLOAT, 9, libraries=["compiled"]))
+    assert not any(form.way == "codes" for form in candidates(op, torch.float64, 4, libraries=["compiled"]))
+    runs = form.operator(op)
+    kernel, x = form.kernel(runs, FLOAT), torch.randn(4, 64, generator=seeded())
+    assert runs.nbytes == 4 * (48 * 7 + 48) + 4 * (16 + 64) if runs.codes.shape[3] == 16 else runs.nbytes > 0
+    torch.testing.assert_close(kernel(x, None), op.apply(x))
+    with FlopCounterMode(display=False) as counter:
+        kernel(x, None)
+    assert counter.get_total_flops() == runs.flops(4)
+    y = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(kernel(y, None).sum(), y)
+    torch.testing.assert_close(found, op.dense().sum(0).expand(4, -1))
+    mapped = torch.func.vmap(lambda x: kernel(x, None))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(mapped[1], 2 * kernel(x, None), rtol=1e-4, atol=1e-5)
+    for strided in (torch.stack([x, x], -1)[..., 0], x.mT.contiguous().mT, x[:1].expand(4, 64)):
+        torch.testing.assert_close(kernel(strided, None), op.apply(strided), rtol=1e-4, atol=1e-5)
+    meta = form.kernel(form.operator(op.to("meta")), FLOAT)
+    (step,) = trace(lambda x: meta(x, None), (4, 64), FLOAT)
+    assert step == MatrixProduct(1, 4, 40, 64, False, True, False, FLOAT, "compiled", 3)
+    assert step.nbytes == 4 * 4 * (64 + 40) + 64 * 40 * 3 // 8
+    copied = runs.replace(**{name: factor.clone() for name, factor in runs.factors().items()})
+    assert torch.equal(form.kernel(copied, FLOAT)(x, None), kernel(x, None))
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache directory, and the kernel looked for anew."""
     monkeypatch.setenv("GRAMIAN_CACHE", str(tmp_path / "cache"))
-    compiled.kernel.cache_clear()
+    native.library.cache_clear()
     yield tmp_path / "cache"
     monkeypatch.undo()
-    compiled.kernel.cache_clear()
+    native.library.cache_clear()
 
 
 def test_without_a_compiler_all_runs_as_before(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert not compiled.present()
+    assert not native.present()
     assert not any(library == "compiled" for _, library, _ in calibration._kinds())
     x = torch.randn(3, 10, generator=seeded())
     op = BlockLowRank.init((12, 10), rank=2, generator=seeded())
@@ -203,23 +277,23 @@ def test_a_compiler_that_fails_leaves_nothing(elsewhere: Path, tmp_path: Path, m
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     for command in (f"'{broken}' --flag", str(tmp_path / "nowhere")):
         monkeypatch.setenv("CC", command)
-        compiled.kernel.cache_clear()
-        assert not compiled.present()
+        native.library.cache_clear()
+        assert not native.present()
         assert not elsewhere.exists() or not list(elsewhere.iterdir())
 
 
 @needs_compiler
 def test_a_damaged_library_is_made_again(elsewhere: Path) -> None:
-    path = compiled.build()
+    path = native.build()
     assert path is not None
     assert path.parent == elsewhere
     path.write_bytes(b"not a library")
-    assert not compiled.present()
-    compiled.kernel.cache_clear()
-    assert compiled.present()
+    assert not native.present()
+    native.library.cache_clear()
+    assert native.present()
     assert list(elsewhere.iterdir()) == [path]
     built = path.stat().st_mtime_ns
-    assert compiled.build() == path
+    assert native.build() == path
     assert path.stat().st_mtime_ns == built, "once"
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.errors import GramianError
-from gramian.execution import compiled, onednn
+from gramian.execution import compiled, native, onednn
 from gramian.execution.cache import cache_directory
 from gramian.execution.cost_model import CostModel
 from gramian.execution.steps import Stack
@@ -160,7 +160,7 @@ def _kinds() -> list[tuple[torch.dtype, str, float]]:
     shares = [(torch.bfloat16, "", 0.12), (torch.float32, "", 0.8)]
     if _onednn_gains():
         shares = [(torch.bfloat16, "", 0.1), (torch.float32, "", 0.54), (torch.float32, "onednn", 0.27)]
-    if compiled.present():
+    if native.present():
         shares += [(dtype, "compiled", 0.02) for dtype in compiled.DTYPES]
     return [(dtype, library, sum(s for *_, s in shares[: i + 1])) for i, (dtype, library, _) in enumerate(shares)]
 

@@ -1,33 +1,21 @@
-"""A few rows times a chain of matrices and stacks of blocks in one call, by a kernel compiled on the user's machine.
+"""A few rows times a chain of matrices and stacks of blocks in one call: ``c/few_rows.c``.
 
 A product of few rows takes as long as reading the weights, and libraries for products of many rows read them at half of the
-rate that memory gives, a call for each of them. ``few_rows.c`` reads them once, in order, with all threads, and moves numbers
-between the products as it writes them. It is compiled in a second or two by the C compiler that is found (``$CC``, cc, gcc or
-clang), when a machine is calibrated, and kept in the user's cache directory; without a compiler all runs as before.
-
-It has no gradients or batching rules: where something looks on, torch's own products run.
+rate that memory gives, a call for each of them. The kernel reads them once, in order, with all threads, and moves numbers
+between the products as it writes them. It has no gradients or batching rules: where something looks on, torch's own products
+run.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.execution.cache import cache_directory
+from gramian.execution.native import library
 from gramian.execution.onednn import Kernel
 from gramian.execution.steps import Matrix, Mixed, Placed, Resized, Stack, Step, Swapped, Taken
 from gramian.modes import counted, watched
@@ -35,11 +23,6 @@ from gramian.modes import counted, watched
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_ROWS = 32
 """Of more rows, libraries that reuse weights in registers are faster; of more than a few they often are."""
-
-SOURCE = Path(__file__).with_name("few_rows.c")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
-TRIED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",))
-"""For this very processor, with threads; where a compiler does not know how, the next."""
 
 
 class _Stack(ctypes.Structure):
@@ -51,48 +34,6 @@ class _Stack(ctypes.Structure):
     ]
 
 
-def _compiler() -> list[str] | None:
-    if sys.platform == "win32":
-        return None
-    named = shlex.split(os.environ.get("CC", ""))
-    if named:
-        return named
-    return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-
-
-def _processor() -> str:
-    """What compiled code may not run without: a cache directory may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
-    except OSError:
-        lines = []
-    told = [line for line in lines if line.lower().startswith(("model name", "flags", "features", "cpu part"))]
-    return "\n".join([platform.system(), platform.machine(), platform.processor(), *told])
-
-
-def build() -> Path | None:
-    """The compiled kernel of this machine, made now if it is not there; None without a compiler, or if it fails."""
-    compiler = _compiler()
-    source = SOURCE.read_bytes()
-    about = "\0".join([_processor(), *(compiler or []), *FLAGS, *(flag for flags in TRIED for flag in flags)])
-    name = hashlib.sha256(source + about.encode()).hexdigest()[:16]
-    path = cache_directory() / f"few_rows-{name}.so"
-    if path.is_file() or compiler is None:
-        return path if path.is_file() else None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
-            for flags in TRIED:
-                command = [*compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
-                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                    made.replace(path)
-                    return path
-    except OSError:
-        pass
-    return None
-
-
 class _Chain(ctypes.Structure):
     """``Chain`` of few_rows.c."""
 
@@ -100,28 +41,6 @@ class _Chain(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("stacks", "take")),
         *((name, ctypes.c_int64) for name in ("count", "taken", "columns", "half")),
     ]
-
-
-@lru_cache
-def kernel() -> Callable[..., int] | None:
-    """The function of few_rows.c; None where it cannot be had."""
-    path = build()
-    if path is None:
-        return None
-    try:
-        function = ctypes.CDLL(str(path)).gramian_few_rows
-    except (OSError, AttributeError):
-        path.unlink(missing_ok=True)  # damaged: the next process makes it again
-        return None
-    number, pointer = ctypes.c_int, ctypes.c_void_p
-    function.argtypes = [pointer, number, pointer, pointer, pointer, number]
-    function.restype = number
-    return function  # type: ignore[no-any-return]
-
-
-def present() -> bool:
-    """Whether there is a compiled kernel, or can be."""
-    return kernel() is not None
 
 
 def _taken_apart(steps: Sequence[Step]) -> Iterator[Step]:
@@ -178,9 +97,9 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
     first = stacks[0]
     if first.is_meta:
         return lambda x, bias: torch.ops.gramian.few_rows(x, stacks, size)  # type: ignore[no-any-return]
-    multiply, dtype = kernel(), first.dtype
+    loaded, dtype = library(), first.dtype
     fits = all(s.dtype == dtype and s.device.type == "cpu" and s[0].is_contiguous() for s in stacks)
-    if multiply is None or not fits or dtype not in DTYPES:
+    if loaded is None or not fits or dtype not in DTYPES:
         return None
 
     orders = [torch.arange(columns)]  # of what each stack multiplies, and of what comes out
@@ -205,8 +124,13 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
         row.groups, row.out, row.stride, row.size = groups, out, stack.stride(0), len(order)
         setattr(row, "in", in_)
         row.sparse = bool((order < 0).any())
-    call = (multiply, about, table, held)
-    address = ctypes.addressof(about)
+    call = (
+        loaded.gramian_few_rows,
+        ctypes.addressof(about),
+        about,
+        table,
+        held,
+    )  # closed over, so that all of it stays
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype != dtype or type(x) is not Tensor or watched(x, *stacks) or counted():
@@ -216,7 +140,7 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
         if bias is not None:
             bias = bias.to(dtype).contiguous()
         rows = x.numel() // columns
-        if call[0](address, rows, x.data_ptr(), _address(bias), y.data_ptr(), torch.get_num_threads()):
+        if call[0](call[1], rows, x.data_ptr(), _address(bias), y.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"a product of {rows} rows by {len(stacks)} matrices")
         return y
 
@@ -239,4 +163,4 @@ def _shape(x: Tensor, stacks: list[Tensor], out: int) -> Tensor:
 _LIBRARY.impl("few_rows", _shape, "Meta")  # type: ignore[no-untyped-call]
 
 
-__all__ = ["DTYPES", "MOST_ROWS", "build", "chain", "kernel", "present"]
+__all__ = ["DTYPES", "MOST_ROWS", "chain"]

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gramian.execution import compiled, int4, kernels, onednn
+from gramian.execution import codes, compiled, int4, kernels, native, onednn
 from gramian.execution.calibration import in_turn, stored
 from gramian.execution.cost_model import CostModel
 from gramian.execution.kernels import Kernel
@@ -61,7 +61,7 @@ FEW_ROWS = 64
 FEWER_ROWS = 8
 """up to so many "turned" (``Form.way``)."""
 
-LIBRARIES: dict[str, Callable[[], bool]] = {"onednn": onednn.present, "compiled": compiled.present}
+LIBRARIES: dict[str, Callable[[], bool]] = {"onednn": onednn.present, "compiled": native.present}
 """That compete where the calibration measured them and they are there."""
 
 SHAPES = 256
@@ -82,7 +82,8 @@ class Form:
             badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. Stacks of blocks are cut already, and run so
             with any number of rows. "turned", for fewer: pieces and blocks times columns of x^T, which some libraries read
             weights faster for. "onednn": by oneDNN, in float32. "int4", for few: on codes of 4 bits as they are.
-            "compiled", for few: all in one call of a kernel compiled on this machine.
+            "compiled", for few: all in one call of a kernel compiled on this machine. "codes", for few: by another of them, on
+            codes of 2 to 8 bits as they are.
     """
 
     dense: bool
@@ -94,7 +95,7 @@ class Form:
         """What runs: `op` in its run-time form, or dense, in the dtype computed in."""
         packed = kernels.WAYS[self.way].packed
         if packed is not None:
-            return packed(op)
+            return packed(op, self.dtype)
         return (Dense(op.dense().contiguous()) if self.dense else op.runtime()).to(dtype=self.dtype)
 
     def kernel(self, runs: Operator, dtype: torch.dtype) -> Kernel:
@@ -131,7 +132,7 @@ def candidates(
         op: any operator.
         dtype: of what comes in.
         batch: rows of x; 0 for many.
-        libraries: "onednn": products of float32 by oneDNN too; "compiled": of few rows by a compiled kernel too.
+        libraries: "onednn": products of float32 by oneDNN too; "compiled": of few rows by compiled kernels too.
         recast: half precision in float32 too.
     """
     runs = op.to("meta").runtime()
@@ -140,6 +141,8 @@ def candidates(
     for kind in [dtype, torch.float32] if recast and dtype.itemsize < 4 else [dtype]:
         if 1 <= batch <= FEWER_ROWS and kind == dtype and int4.able(op, dtype):
             out.append(Form(False, False, kind, "int4"))
+        if "compiled" in libraries and 1 <= batch <= codes.MOST_ROWS and kind == dtype and codes.able(op, dtype):
+            out.append(Form(False, False, kind, "codes"))
         for dense in ways:
             out += [Form(dense, False, kind)]
             matrix = Dense(torch.empty(op.shape, device="meta")) if dense else runs

@@ -57,7 +57,7 @@ class Int4(Operator):
     affine: Tensor
 
     @classmethod
-    def of(cls, op: Operator) -> Int4:
+    def of(cls, op: Operator, dtype: torch.dtype = torch.bfloat16) -> Int4:
         """The same matrix (``able``); its scales in bfloat16, as in the dense matrix of a model in that dtype."""
         assert isinstance(op, Quantized)
         codes = unpack(op.codes, 4, op.columns).int()
@@ -74,6 +74,11 @@ class Int4(Operator):
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read."""
+        return self.codes.nbytes + self.affine.nbytes
 
     def apply(self, x: Tensor) -> Tensor:
         """``x A^T``: x (..., in) bfloat16 -> (..., out)."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.execution import compiled, int4, onednn
+from gramian.execution import codes, compiled, int4, onednn
 from gramian.execution.onednn import Grouped, Kernel
 from gramian.execution.steps import Matrix, Mixed, Placed, Stack, Step, Swapped, Taken, steps_of
 from gramian.ops import Operator, Product, Sum
@@ -31,13 +31,14 @@ class Way:
     Attributes:
         linear: weight (out, in) -> the product of it.
         grouped: values (groups, s, p) -> the product of them; None for ``op.apply``.
-        packed: an operator as it is stored -> what runs in its place; None for its run-time form, or the dense matrix.
+        packed: an operator as it is stored, and the dtype of x -> what runs in its place; None for its run-time form, or the
+            dense matrix.
         chain: all steps at once, given also (out, in) and how torch does it; it may refuse. None for one after the other.
     """
 
     linear: Callable[[Tensor], Kernel]
     grouped: Callable[[Tensor], Grouped] | None = None
-    packed: Callable[[Operator], Operator] | None = None
+    packed: Callable[[Operator, torch.dtype], Operator] | None = None
     chain: Callable[[Sequence[Step], tuple[int, int], Kernel], Kernel | None] | None = None
 
 
@@ -101,6 +102,7 @@ WAYS = {
     "onednn": Way(onednn.linear, onednn.grouped),
     "int4": Way(plain, packed=int4.Int4.of),
     "compiled": Way(plain, chain=compiled.chain),
+    "codes": Way(plain, packed=codes.Codes.of),
 }
 """By name."""
 

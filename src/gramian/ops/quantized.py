@@ -88,15 +88,15 @@ class Quantized(Operator):
         """How often the rotation changes signs and transforms."""
         return len(self.signs) // max(-(-self.columns // 8), 1)
 
-    def _signs(self, dtype: torch.dtype) -> Tensor:
+    def rotation_signs(self, dtype: torch.dtype) -> Tensor:
         """(rounds, in) of +-1."""
-        return unpack(self.signs.reshape(self.rounds, -1), 1, self.columns).to(dtype) * 2 - 1
+        return unpack(self.signs.reshape(self.rounds, -(-self.columns // 8)), 1, self.columns).to(dtype) * 2 - 1
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x S^T``: x (..., in) -> (..., in)."""
         if self.rotation == 1:
             return x
-        for signs in self._signs(x.dtype):
+        for signs in self.rotation_signs(x.dtype):
             y = (x * signs).reshape(*x.shape[:-1], self.columns // self.rotation, self.rotation)
             x = hadamard_transform(y).reshape(x.shape)
         return x
@@ -121,7 +121,7 @@ class Quantized(Operator):
         if self.rotation == 1:
             return rounded
         # A = Q S with S = H D (of the last round first) and H symmetric: rows of Q are Hadamard-transformed, then signed.
-        for signs in self._signs(rounded.dtype).flip(0):
+        for signs in self.rotation_signs(rounded.dtype).flip(0):
             blocks = rounded.reshape(len(rounded), self.columns // self.rotation, self.rotation)
             rounded = hadamard_transform(blocks).reshape(rounded.shape) * signs
         return rounded

@@ -1,24 +1,9 @@
 /* A few rows times a chain of stacks of matrices, in one call: y = x A_1^T ... A_n^T + bias, with numbers that move in between.
 
    A product of few rows takes as long as reading the weights. So every weight is read once, in the order it lies in, by all
-   threads; what is small (rows, places, bias) stays in the caches. Sums are in float32, whatever the weights are.
+   threads; what is small (rows, places, bias) stays in the caches. Sums are in float32, whatever the weights are. */
 
-   Plain C with the vector extensions of GCC and Clang, for the processor it is compiled on. */
-
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
+#include "numbers.h"
 
 #define OUTPUTS 4 /* rows of a weight that are read side by side */
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -31,12 +16,8 @@
 #define CHUNK 65536 /* numbers of a weight that a cache holds, while more than BATCH rows meet them */
 #define SMALL 8192  /* multiplications that a second thread is worth */
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
 #define PICK __builtin_shufflevector
 
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -57,30 +38,9 @@ typedef struct {
     int64_t count, taken, columns, half;
 } Chain;
 
-/* float32 and bfloat16 -------------------------------------------------------------------------------------------------- */
-
-INLINE float one(const void *values, int64_t at, int half) {
-    if (!half) return ((const float *)values)[at];
-    uint32_t word = (uint32_t)((const uint16_t *)values)[at] << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
 INLINE Vector many(const void *values, int64_t at, int half) {
     if (!half) return *(const Vector *)((const float *)values + at);
     return (Vector)(__builtin_convertvector(*(const Halves *)((const uint16_t *)values + at), Words) << 16);
-}
-
-INLINE void put(void *values, int64_t at, float value, int half) {
-    if (!half) {
-        ((float *)values)[at] = value;
-        return;
-    }
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    /* To the nearest, ties to even; what is no number stays none. */
-    ((uint16_t *)values)[at] = value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : word >> 16 | 0x40;
 }
 
 /* Sums over a vector ---------------------------------------------------------------------------------------------------- */
@@ -217,15 +177,8 @@ int gramian_few_rows(const Chain *chain, int batch, const void *x, const void *b
         for (int b = 0; b < batch; b++)
             for (int64_t i = 0; i < last->size; i++) put(y, b * last->size + i, bias ? one(bias, i, half) : 0, half);
     if (threads > 1 + work / SMALL) threads = 1 + work / SMALL;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        int thread = 0, all = 1;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-        all = omp_get_num_threads();
-#endif
+    PARALLEL(threads) {
+        int thread = this_thread(), all = all_threads();
         const float *from = gather ? gathered : x;
         int64_t width = taken;
         float *to = scratch;
@@ -247,9 +200,7 @@ int gramian_few_rows(const Chain *chain, int batch, const void *x, const void *b
                     }
             if (end) break;
             ask(s + 1, part(s + 1, thread, all), half);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+            BARRIER;
             from = to;
             width = s->size;
             to += s->size * batch;

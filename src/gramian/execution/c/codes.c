@@ -1,0 +1,158 @@
+/* A few rows times a matrix of 2 to 8 bits an entry: the weights are read as codes and become numbers in registers.
+
+   y = Q S x, with Q[o, i] = scale[o, i / group] * level[code[o, i]] and S a rotation, or none. A word holds 32 / bits codes of one
+   output; the words of LANES outputs, a tile, lie side by side, so that all of a vector meets the same number of x. */
+
+#include "numbers.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define AHEAD 2048 /* bytes that are asked for before they are needed */
+#define MOST 8     /* rows of x that meet the codes at once */
+#define SMALL 8192 /* multiplications that a second thread is worth */
+
+typedef int32_t Numbers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef struct {
+    const uint32_t *codes; /* (tiles, groups, words of a group, LANES), lowest bits first */
+    const float *scales;   /* (tiles, groups, LANES) */
+    const float *levels;   /* as many as the table has; NULL: level[c] = c - (2^bits - 1) / 2 */
+    const float *signs;    /* (rounds, in) of +-1 */
+    int64_t out, in, bits, group, rounds, rotation, half;
+} Codes;
+
+/* The levels of a vector of codes from the table of 16 << table; with no table (-1) the codes as numbers. */
+INLINE Vector levels_of(Words codes, const float *levels, const int table) {
+    if (table < 0) return __builtin_convertvector((Numbers)codes, Vector);
+#ifdef __AVX512F__
+#define PAIR(from) _mm512_permutex2var_ps(_mm512_loadu_ps(levels + (from)), index, _mm512_loadu_ps(levels + (from) + 16))
+#define BIT(bit) _mm512_test_epi32_mask(index, _mm512_set1_epi32(bit))
+#define QUAD(from) _mm512_mask_blend_ps(BIT(32), PAIR(from), PAIR((from) + 32))
+#define EIGHT(from) _mm512_mask_blend_ps(BIT(64), QUAD(from), QUAD((from) + 64))
+    __m512i index = (__m512i)codes;
+    if (table == 0) return (Vector)_mm512_permutexvar_ps(index, _mm512_loadu_ps(levels));
+    if (table == 1) return (Vector)PAIR(0);
+    if (table == 2) return (Vector)QUAD(0);
+    if (table == 3) return (Vector)EIGHT(0);
+    return (Vector)_mm512_mask_blend_ps(BIT(128), EIGHT(0), EIGHT(128));
+#else
+    Vector found;
+    UNROLL for (int i = 0; i < LANES; i++) found[i] = levels[codes[i]];
+    return found;
+#endif
+}
+
+INLINE int64_t in_word(const Codes *q) { return 32 / q->bits; }
+INLINE int64_t group_words(const Codes *q) { return (q->group + in_word(q) - 1) / in_word(q); }
+INLINE int64_t group_count(const Codes *q) { return (q->in + q->group - 1) / q->group; }
+
+/* `tiles` tiles, the first the `first`-th, times `batch` rows of x, of `width` numbers, each group of them filled up with zeros to
+   whole words: y[(b * tiles + t) * LANES + lane]. Without a table sums[b * groups + g] is what a group's codes count too much. */
+INLINE void tile(const int tiles, const int batch, const int table, const Codes *q, int64_t first, const float *x, int64_t width,
+                 const float *sums, float *y) {
+    int64_t bits = q->bits, in = in_word(q), words = group_words(q), groups = group_count(q), length = groups * words * LANES;
+    uint32_t mask = (1u << bits) - 1;
+    const uint32_t *codes = q->codes + first * length;
+    const float *scales = q->scales + first * groups * LANES;
+    Vector total[tiles][batch];
+    UNROLL for (int t = 0; t < tiles; t++) UNROLL for (int b = 0; b < batch; b++) total[t][b] = (Vector){0};
+    for (int64_t g = 0; g < groups; g++, scales += LANES) {
+        Vector sum[tiles][batch];
+        UNROLL for (int t = 0; t < tiles; t++) UNROLL for (int b = 0; b < batch; b++) sum[t][b] = (Vector){0};
+        for (int64_t w = 0; w < words; w++, codes += LANES, x += in) {
+            Words word[tiles];
+            UNROLL for (int t = 0; t < tiles; t++) {
+                word[t] = *(const Words *)(codes + t * length);
+                __builtin_prefetch((const char *)(codes + t * length) + AHEAD);
+            }
+            for (int64_t k = 0; k < in; k++) UNROLL for (int t = 0; t < tiles; t++) {
+                Vector level = levels_of(word[t] & mask, q->levels, table);
+                word[t] >>= bits;
+                UNROLL for (int b = 0; b < batch; b++) sum[t][b] += level * x[b * width + k];
+            }
+        }
+        UNROLL for (int t = 0; t < tiles; t++) UNROLL for (int b = 0; b < batch; b++)
+            total[t][b] += *(const Vector *)(scales + t * groups * LANES) * (sum[t][b] - (table < 0 ? sums[b * groups + g] : 0));
+    }
+    UNROLL for (int t = 0; t < tiles; t++) UNROLL for (int b = 0; b < batch; b++)
+        *(Vector *)(y + (b * tiles + t) * LANES) = total[t][b];
+}
+
+typedef void Tile(const Codes *, int64_t, const float *, int64_t, const float *, float *);
+#define TILE(name, tiles, batch, table)                                                                                      \
+    static void name(const Codes *q, int64_t first, const float *x, int64_t width, const float *sums, float *y) {            \
+        tile(tiles, batch, table, q, first, x, width, sums, y);                                                              \
+    }
+#define TILES(name, table)                                                                                                   \
+    TILE(name##_4_1, 4, 1, table) TILE(name##_4_2, 4, 2, table) TILE(name##_2_4, 2, 4, table) TILE(name##_1_8, 1, 8, table)  \
+    TILE(name##_1_1, 1, 1, table) TILE(name##_1_2, 1, 2, table) TILE(name##_1_4, 1, 4, table)                                \
+    static Tile *const name[2][4] = {{name##_4_1, name##_4_2, name##_2_4, name##_1_8},                                       \
+                                     {name##_1_1, name##_1_2, name##_1_4, name##_1_8}};
+TILES(even, -1) TILES(table_16, 0) TILES(table_32, 1) TILES(table_64, 2) TILES(table_128, 3) TILES(table_256, 4)
+/* More tiles at once the fewer rows there are, so that enough sums are under way. */
+static const int SIDE_BY_SIDE[4] = {4, 4, 2, 1};
+
+/* x <- H (signs x), H orthonormal, block by block. */
+static void rotate(float *x, int64_t in, const float *signs, int64_t block) {
+    float scale = 1;
+    for (int64_t n = block; n > 1; n /= 2) scale *= 0.70710678118654752f;
+    for (int64_t i = 0; i < in; i++) x[i] *= signs[i] * scale;
+    for (int64_t half = 1; half < block; half *= 2)
+        for (int64_t from = 0; from < in; from += 2 * half)
+            for (int64_t i = from; i < from + half; i++) {
+                float a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+}
+
+int gramian_lanes(void) { return LANES; }
+
+/* x (batch, in) -> y (batch, out), both float32 or bfloat16 (half). Returns 1 without memory. */
+int gramian_codes(const Codes *q, int batch, const void *x, void *y, int threads) {
+    int64_t words = group_words(q), groups = group_count(q), span = words * in_word(q), width = groups * span;
+    int64_t tiles = (q->out + LANES - 1) / LANES, rows = (batch + MOST - 1) / MOST * MOST;
+    float *apart = calloc(rows * (width + groups) + q->in, sizeof(float));
+    if (!apart) return 1;
+    float *sums = apart + rows * width, *row = sums + rows * groups, middle = ((1 << q->bits) - 1) / 2.0f;
+    for (int64_t b = 0; b < batch; b++) {
+        for (int64_t i = 0; i < q->in; i++) row[i] = one(x, b * q->in + i, q->half);
+        for (int64_t k = 0; k < q->rounds; k++) rotate(row, q->in, q->signs + k * q->in, q->rotation);
+        for (int64_t g = 0; g < groups; g++) {
+            const float *from = row + g * q->group;
+            int64_t count = q->in - g * q->group < q->group ? q->in - g * q->group : q->group;
+            float sum = 0;
+            for (int64_t i = 0; i < count; i++) sum += from[i];
+            sums[b * groups + g] = middle * sum;
+            memcpy(apart + b * width + g * span, from, count * sizeof(float));
+        }
+    }
+    int64_t work = q->out * q->in * batch;
+    if (threads > 1 + work / SMALL) threads = 1 + work / SMALL;
+    Tile *const (*kind)[4] = !q->levels       ? even
+                             : q->bits <= 4 ? table_16
+                             : q->bits == 5 ? table_32
+                             : q->bits == 6 ? table_64
+                             : q->bits == 7 ? table_128
+                                            : table_256;
+    PARALLEL(threads) {
+        int64_t lo = tiles * this_thread() / all_threads(), hi = tiles * (this_thread() + 1) / all_threads();
+        for (int64_t t = lo, wide; t < hi; t += wide)
+            for (int64_t done = 0, size; done < batch; done += 1 << size) {
+                float made[MOST * LANES];
+                int64_t left = batch - done;
+                size = left > 4 ? 3 : left > 2 ? 2 : left > 1;
+                /* The same number of tiles for all rows: that of the most rows at once. */
+                int first = batch > 4 ? 3 : batch > 2 ? 2 : batch > 1;
+                wide = t + SIDE_BY_SIDE[first] <= hi ? SIDE_BY_SIDE[first] : 1;
+                kind[wide != SIDE_BY_SIDE[size]][size](q, t, apart + done * width, width, sums + done * groups, made);
+                for (int64_t b = 0; b < left && b < 1 << size; b++)
+                    for (int64_t i = 0; i < wide * LANES && t * LANES + i < q->out; i++)
+                        put(y, (done + b) * q->out + t * LANES + i, made[b * wide * LANES + i], q->half);
+            }
+    }
+    free(apart);
+    return 0;
+}

@@ -1,0 +1,58 @@
+/* Vectors, threads, and the two kinds of numbers. Plain C with the extensions of GCC and Clang, for the processor that it is
+   compiled on. */
+
+#ifndef GRAMIAN_NUMBERS_H
+#define GRAMIAN_NUMBERS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#ifdef _OPENMP
+#include <omp.h>
+#define PARALLEL(threads) _Pragma("omp parallel num_threads(threads) if (threads > 1)")
+#define BARRIER _Pragma("omp barrier")
+INLINE int this_thread(void) { return omp_get_thread_num(); }
+INLINE int all_threads(void) { return omp_get_num_threads(); }
+#else
+#define PARALLEL(threads) (void)(threads);
+#define BARRIER
+INLINE int this_thread(void) { return 0; }
+INLINE int all_threads(void) { return 1; }
+#endif
+
+/* Number `at` of an array of float32, or bfloat16 (half). */
+INLINE float one(const void *values, int64_t at, int half) {
+    if (!half) return ((const float *)values)[at];
+    uint32_t word = (uint32_t)((const uint16_t *)values)[at] << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+INLINE void put(void *values, int64_t at, float value, int half) {
+    if (!half) {
+        ((float *)values)[at] = value;
+        return;
+    }
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    /* To the nearest, ties to even; what is no number stays none. */
+    ((uint16_t *)values)[at] = value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : word >> 16 | 0x40;
+}
+
+#endif

@@ -1,0 +1,145 @@
+"""A few rows times a rounded matrix as it is stored, by a kernel compiled on the user's machine: ``c/codes.c``.
+
+The weights are read as codes of 2 to 8 bits and become numbers in registers; the rotation is applied to x. So a product takes
+the time of reading a quarter to a sixteenth of the bytes of float32, in either grid, rotated or not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramian.execution.native import library
+from gramian.modes import counted, watched
+from gramian.ops import Operator, Quantized
+from gramian.ops.bits import unpack
+from gramian.ops.quantized import grid_levels
+
+DTYPES = (torch.float32, torch.bfloat16)
+MOST_ROWS = 8
+"""Of more rows, turning codes into numbers once, for a dense product, is faster."""
+
+
+def able(op: Operator, dtype: torch.dtype) -> bool:
+    """Whether the kernel knows the operator; it is another question whether there is the kernel."""
+    return isinstance(op, Quantized) and dtype in DTYPES and min(op.shape) > 0
+
+
+class _Codes(ctypes.Structure):
+    """``Codes`` of codes.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "levels", "signs")),
+        *((name, ctypes.c_int64) for name in ("out", "in", "bits", "group", "rounds", "rotation", "half")),
+    ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Codes(Operator):
+    """A rounded matrix in the order that the kernel reads: made to run, never stored.
+
+    Args:
+        source: the matrix as it is stored; for products that the kernel cannot take.
+        codes: (tiles, groups, words of a group, lanes) int32: 32 // bits codes of one output in a word, lowest bits first.
+        scales: (tiles, groups, lanes) float32.
+        levels: the grid, filled up to 16 numbers; none of an even one, whose scales are of a step of one.
+        signs: (rounds, in) of +-1, float32.
+        kept: in the dtype of x.
+    """
+
+    kind: ClassVar[str] = "codes"
+    source: Quantized
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor
+    signs: Tensor
+    kept: torch.dtype
+
+    @classmethod
+    def of(cls, op: Operator, dtype: torch.dtype) -> Codes:
+        """The same matrix (``able``), to multiply x of that dtype."""
+        assert isinstance(op, Quantized)
+        loaded = library()
+        lanes, each = 16 if loaded is None else int(loaded.gramian_lanes()), 32 // op.bits
+        (out, in_), group, even = op.shape, op.group, op.grid == "uniform"
+        tiles, groups, words = -(-out // lanes), -(-in_ // group), -(-group // each)
+        if op.codes.is_meta:
+            codes = op.codes.new_empty((tiles, groups, words, lanes), dtype=torch.int32)
+            scales = op.scales.new_empty((tiles, groups, lanes), dtype=torch.float32)
+            none = scales.new_empty(0)
+            return cls(op, codes, scales, none, none, dtype)
+        whole = F.pad(unpack(op.codes, op.bits, in_).int(), (0, groups * group - in_, 0, tiles * lanes - out))
+        whole = F.pad(whole.view(tiles, lanes, groups, group), (0, words * each - group))
+        codes = whole.new_zeros(tiles, lanes, groups, words)
+        for place, digit in enumerate(whole.view(tiles, lanes, groups, words, each).unbind(-1)):
+            codes |= digit << place * op.bits
+        scales = op.scales.float() * (2 / (2**op.bits - 1) if even else 1)
+        scales = F.pad(scales, (0, 0, 0, tiles * lanes - out)).view(tiles, lanes, groups).mT.contiguous()
+        levels = grid_levels(op.grid, op.bits).float()
+        levels = levels[:0] if even else F.pad(levels, (0, max(0, 16 - len(levels))))
+        signs = op.rotation_signs(torch.float32).contiguous()
+        return cls(op, codes.permute(0, 2, 3, 1).contiguous(), scales, levels, signs, dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x."""
+        return self.kept
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.levels, self.signs))
+
+    @cached_property
+    def _about(self) -> _Codes:
+        op, pointers = self.source, (self.codes, self.scales, self.levels, self.signs)
+        return _Codes(
+            *(tensor.data_ptr() if tensor.numel() else None for tensor in pointers),
+            *(*op.shape, op.bits, op.group, op.rounds, op.rotation, self.kept == torch.bfloat16),
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x A^T``: x (..., in) -> (..., out)."""
+        if x.is_meta:
+            y: Tensor = torch.ops.gramian.codes(x, self.codes, self.shape[0], self.source.bits)
+            return y
+        loaded = library()
+        if loaded is None or x.dtype != self.kept or type(x) is not Tensor or watched(x) or counted():
+            return self.source.apply(x)
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.shape[0]))
+        rows = x.numel() // self.shape[1]
+        about = ctypes.addressof(self._about)
+        if loaded.gramian_codes(about, rows, x.data_ptr(), y.data_ptr(), torch.get_num_threads()):
+            raise MemoryError(f"a product of {rows} rows by a matrix {self.shape} of {self.source.bits} bits an entry")
+        return y
+
+    def flops(self, batch: int = 1) -> int:
+        """As of the dense matrix."""
+        return 2 * batch * self.shape[0] * self.shape[1]
+
+
+# Known to torch as shapes alone, so that the cost model sees what would run.
+_LIBRARY = torch.library.Library("gramian", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("codes(Tensor x, Tensor codes, int out, int bits) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _shape(x: Tensor, codes: Tensor, out: int, bits: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
+
+
+_LIBRARY.impl("codes", _shape, "Meta")  # type: ignore[no-untyped-call]
+
+
+__all__ = ["DTYPES", "MOST_ROWS", "Codes", "able"]
