@@ -212,9 +212,12 @@ def large(small: Small, results: Results) -> None:
 
     grams = gramian.collect(model, batches, exclude=["lm_head"], objective="none")
     measure("half the FLOPs", model, gramian.compress(model, grams=grams, keep=0.5, cost="flops"))
-    plan = four_bits(list(grams), rotate=False, grid="uniform")  # as gptq stores them, sooner made
+    even = four_bits(list(grams), rotate=False, grid="uniform")  # as gptq stores them, sooner made
+    rotated = four_bits(list(grams))  # as auto does
+    measure("4 bits, rotated", model, gramian.compress(model, rotated, grams=grams))
     half = model.to(torch.bfloat16)
-    measure("bfloat16, 4 bits", half, gramian.compress(half, plan, grams=grams))
+    measure("bfloat16, 4 bits", half, gramian.compress(half, even, grams=grams))
+    measure("bfloat16, 4 bits, rotated", half, gramian.compress(half, rotated, grams=grams))
 
 
 def generation(model: nn.Module, made: nn.Module, prompt: dict[str, Any], tokens: int) -> dict[str, float]:

@@ -1,12 +1,14 @@
-"""A few rows times a rounded matrix as it is stored, by a kernel compiled on the user's machine: ``c/codes.c``.
+"""Products with a rounded matrix as it is stored, by kernels compiled on the user's machine: ``c/codes.c``.
 
-The weights are read as codes of 2 to 8 bits and become numbers in registers; the rotation is applied to x. So a product takes
-the time of reading a quarter to a sixteenth of the bytes of float32, in either grid, rotated or not.
+Of a few rows the weights are read as codes of 2 to 8 bits and become numbers in registers; the rotation is applied to x. So a
+product takes the time of reading a quarter to a sixteenth of the bytes of float32, in either grid, rotated or not. Of many rows
+some outputs' weights become numbers in memory at a time, and nothing dense is kept.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramian.execution import onednn
+from gramian.execution.calibration import stored
 from gramian.execution.native import library
 from gramian.modes import counted, watched
 from gramian.ops import Operator, Quantized
@@ -22,8 +26,12 @@ from gramian.ops.bits import unpack
 from gramian.ops.quantized import grid_levels
 
 DTYPES = (torch.float32, torch.bfloat16)
-MOST_ROWS = 8
-"""Of more rows, turning codes into numbers once, for a dense product, is faster."""
+FEW_ROWS = 32
+"""Of more rows, turning codes into numbers once, for dense products, is faster."""
+NUMBERS = 2**19
+"""So many at a time: what a cache holds."""
+LANES = 16
+"""A multiple of the outputs that lie side by side, on any processor."""
 
 
 def able(op: Operator, dtype: torch.dtype) -> bool:
@@ -111,19 +119,38 @@ class Codes(Operator):
 
     def apply(self, x: Tensor) -> Tensor:
         """``x A^T``: x (..., in) -> (..., out)."""
+        (out, in_), loaded = self.shape, library()
+        rows = math.prod(x.shape[:-1])
+        if x.is_meta and rows <= FEW_ROWS:
+            made: Tensor = torch.ops.gramian.codes(x, self.codes, out, self.source.bits)
+            return made
         if x.is_meta:
-            y: Tensor = torch.ops.gramian.codes(x, self.codes, self.shape[0], self.source.bits)
-            return y
-        loaded = library()
+            return self._multiply(x, x.new_empty(out, in_).clone())  # making the numbers is a pass over them
         if loaded is None or x.dtype != self.kept or type(x) is not Tensor or watched(x) or counted():
             return self.source.apply(x)
-        x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], self.shape[0]))
-        rows = x.numel() // self.shape[1]
-        about = ctypes.addressof(self._about)
-        if loaded.gramian_codes(about, rows, x.data_ptr(), y.data_ptr(), torch.get_num_threads()):
+        x, threads, about = x.contiguous(), torch.get_num_threads(), ctypes.addressof(self._about)
+        y = x.new_empty((*x.shape[:-1], out))
+        if rows <= FEW_ROWS:
+            failed = loaded.gramian_codes(about, rows, x.data_ptr(), y.data_ptr(), threads)
+        else:
+            turned = torch.empty_like(x) if self.source.rotation > 1 else x
+            failed = turned is not x and loaded.gramian_rotate(about, rows, x.data_ptr(), turned.data_ptr(), threads)
+            turned, step = turned.view(rows, in_), max(1, NUMBERS // in_ // LANES) * LANES
+            weights = x.new_empty(min(step, out), in_)
+            for lo in range(0, out, step):
+                hi = min(lo + step, out)
+                loaded.gramian_decode(about, lo, hi, weights.data_ptr(), threads)
+                y.view(rows, out)[:, lo:hi] = self._multiply(turned, weights[: hi - lo])
+        if failed:
             raise MemoryError(f"a product of {rows} rows by a matrix {self.shape} of {self.source.bits} bits an entry")
         return y
+
+    def _multiply(self, x: Tensor, weights: Tensor) -> Tensor:
+        """A dense product in the way that is faster for many rows."""
+        model = stored()
+        if model is not None and "onednn" in model.libraries and self.kept == torch.float32 and onednn.present():
+            return onednn.linear(weights)(x, None)
+        return F.linear(x, weights)
 
     def flops(self, batch: int = 1) -> int:
         """As of the dense matrix."""
@@ -142,4 +169,4 @@ def _shape(x: Tensor, codes: Tensor, out: int, bits: int) -> Tensor:
 _LIBRARY.impl("codes", _shape, "Meta")  # type: ignore[no-untyped-call]
 
 
-__all__ = ["DTYPES", "MOST_ROWS", "Codes", "able"]
+__all__ = ["DTYPES", "FEW_ROWS", "Codes", "able"]

@@ -124,6 +124,7 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
         row.groups, row.out, row.stride, row.size = groups, out, stack.stride(0), len(order)
         setattr(row, "in", in_)
         row.sparse = bool((order < 0).any())
+    pointers = [stack.data_ptr() for stack in stacks]
     call = (
         loaded.gramian_few_rows,
         ctypes.addressof(about),
@@ -134,6 +135,10 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype != dtype or type(x) is not Tensor or watched(x, *stacks) or counted():
+            return otherwise(x, bias)
+        if [
+            stack.data_ptr() for stack in stacks
+        ] != pointers:  # freed or moved behind our back, as sharding libraries do
             return otherwise(x, bias)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,10 @@ time. Predictions are off by about as much,"""
 
 LEAST_MEASURED_GAIN = 0.95
 """and measurements by half of that."""
+
+CODES_WITHIN = 1.15
+"""A rounded matrix stays codes, and nothing dense is kept of it, where that takes at most so many times as long as the fastest
+form."""
 
 FAR_AHEAD = 0.5
 """Of the plain dense product's predicted time: forms below it are not measured against that, unless it costs little."""
@@ -82,8 +86,8 @@ class Form:
             badly, and so a product of 1 to 32 rows takes 1/2 to 4/5 of the time. Stacks of blocks are cut already, and run so
             with any number of rows. "turned", for fewer: pieces and blocks times columns of x^T, which some libraries read
             weights faster for. "onednn": by oneDNN, in float32. "int4", for few: on codes of 4 bits as they are.
-            "compiled", for few: all in one call of a kernel compiled on this machine. "codes", for few: by another of them, on
-            codes of 2 to 8 bits as they are.
+            "compiled", for few: all in one call of a kernel compiled on this machine. "codes": by others of them, on codes
+            of 2 to 8 bits as they are.
     """
 
     dense: bool
@@ -141,7 +145,7 @@ def candidates(
     for kind in [dtype, torch.float32] if recast and dtype.itemsize < 4 else [dtype]:
         if 1 <= batch <= FEWER_ROWS and kind == dtype and int4.able(op, dtype):
             out.append(Form(False, False, kind, "int4"))
-        if "compiled" in libraries and 1 <= batch <= codes.MOST_ROWS and kind == dtype and codes.able(op, dtype):
+        if "compiled" in libraries and kind == dtype and codes.able(op, dtype):
             out.append(Form(False, False, kind, "codes"))
         for dense in ways:
             out += [Form(dense, False, kind)]
@@ -242,6 +246,20 @@ def _power(batch: int) -> int:
     return max(batch - 1, 0).bit_length()
 
 
+def taken(seconds: Mapping[Form, float], plain: Form, on_codes: Form) -> Form:
+    """The form that runs from now on: the fastest, unless another keeps less.
+
+    Args:
+        seconds: measured.
+        plain: the plain dense product; another must gain something.
+        on_codes: a rounded matrix as it is; a dense form must gain more.
+    """
+    best = min(seconds, key=seconds.__getitem__)
+    if best.way != "int4" and seconds.get(on_codes, math.inf) <= CODES_WITHIN * seconds[best]:
+        return on_codes
+    return plain if seconds[best] > LEAST_MEASURED_GAIN * seconds.get(plain, math.inf) else best
+
+
 class Prepared:
     """An operator that runs in the form that is fastest for the batch at hand; forms are made when first needed.
 
@@ -290,6 +308,8 @@ class Prepared:
         few, ahead = _rows_of(x) <= COLD_ROWS, order[fastest] < FAR_AHEAD * order[plain] and order[plain] >= LITTLE
         close = [form for form, seconds in order.items() if few or seconds <= CLOSE * order[fastest]][:RIVALS]
         forms = [form for form in close if form != plain] if ahead else list(dict.fromkeys([*close, plain]))
+        on_codes = Form(False, False, self._dtype, "codes")
+        forms += [on_codes] if on_codes in order and on_codes not in forms else []
         if len(forms) == 1:
             return forms[0]
         some = x.reshape(-1, x.shape[-1])[:MEASURED_ROWS]
@@ -300,9 +320,7 @@ class Prepared:
             alike = {runs: copies(runs, evicted) for runs in dict.fromkeys(running)}
             kernels = [[form.kernel(o, self._dtype) for o in alike[r]] for form, r in zip(forms, running, strict=True)]
             took = in_turn([[partial(kernel, some, None) for kernel in each] for each in kernels])
-        seconds = dict(zip(forms, took, strict=True))
-        best = min(forms, key=seconds.__getitem__)
-        return plain if plain in seconds and seconds[best] > LEAST_MEASURED_GAIN * seconds[plain] else best
+        return taken(dict(zip(forms, took, strict=True)), plain, on_codes)
 
     def nbytes(self, form: Form) -> int:
         """Bytes of what runs in a form."""

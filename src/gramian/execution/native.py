@@ -78,7 +78,8 @@ def library() -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL(str(path))
         found.gramian_few_rows.argtypes = [pointer, number, pointer, pointer, pointer, number]
-        found.gramian_codes.argtypes = [pointer, number, pointer, pointer, number]
+        found.gramian_codes.argtypes = found.gramian_rotate.argtypes = [pointer, number, pointer, pointer, number]
+        found.gramian_decode.argtypes = [pointer, ctypes.c_int64, ctypes.c_int64, pointer, number]
     except (OSError, AttributeError):
         path.unlink(missing_ok=True)  # damaged: the next process makes it again
         return None

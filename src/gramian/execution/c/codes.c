@@ -91,6 +91,7 @@ typedef void Tile(const Codes *, int64_t, const float *, int64_t, const float *,
     static Tile *const name[2][4] = {{name##_4_1, name##_4_2, name##_2_4, name##_1_8},                                       \
                                      {name##_1_1, name##_1_2, name##_1_4, name##_1_8}};
 TILES(even, -1) TILES(table_16, 0) TILES(table_32, 1) TILES(table_64, 2) TILES(table_128, 3) TILES(table_256, 4)
+static Tile *const (*const TABLES[])[4] = {even, table_16, table_32, table_64, table_128, table_256};
 /* More tiles at once the fewer rows there are, so that enough sums are under way. */
 static const int SIDE_BY_SIDE[4] = {4, 4, 2, 1};
 
@@ -109,6 +110,67 @@ static void rotate(float *x, int64_t in, const float *signs, int64_t block) {
 }
 
 int gramian_lanes(void) { return LANES; }
+
+INLINE int table_of(const Codes *q) { return !q->levels ? -1 : q->bits <= 4 ? 0 : q->bits - 4; }
+
+/* x S^T: x (batch, in) -> y (batch, in). Returns 1 without memory. */
+int gramian_rotate(const Codes *q, int batch, const void *x, void *y, int threads) {
+    float *apart = malloc((threads * q->in + 1) * sizeof(float));
+    if (!apart) return 1;
+    PARALLEL(threads) {
+        float *row = apart + this_thread() * q->in;
+        int64_t lo = (int64_t)batch * this_thread() / all_threads(), hi = (int64_t)batch * (this_thread() + 1) / all_threads();
+        for (int64_t b = lo; b < hi; b++) {
+            for (int64_t i = 0; i < q->in; i++) row[i] = one(x, b * q->in + i, q->half);
+            for (int64_t k = 0; k < q->rounds; k++) rotate(row, q->in, q->signs + k * q->in, q->rotation);
+            for (int64_t i = 0; i < q->in; i++) put(y, b * q->in + i, row[i], q->half);
+        }
+    }
+    free(apart);
+    return 0;
+}
+
+/* Tile t of Q as numbers, up to output `hi`: its first output is row 0 of weights (.., in). */
+INLINE void decode(const int table, const Codes *q, int64_t t, int64_t hi, void *weights) {
+    int64_t in = in_word(q), words = group_words(q), groups = group_count(q);
+    uint32_t mask = (1u << q->bits) - 1;
+    float middle = table < 0 ? mask / 2.0f : 0;
+    int64_t outputs = hi - t * LANES < LANES ? hi - t * LANES : LANES;
+    for (int64_t g = 0; g < groups; g++) {
+        const uint32_t *codes = q->codes + (t * groups + g) * words * LANES;
+        Vector scale = *(const Vector *)(q->scales + (t * groups + g) * LANES);
+        int64_t count = q->in - g * q->group < q->group ? q->in - g * q->group : q->group;
+        for (int64_t w = 0; w * in < count; w++) {
+            float numbers[16][LANES];
+            Words word = *(const Words *)(codes + w * LANES);
+            int64_t here = count - w * in < in ? count - w * in : in;
+            for (int64_t k = 0; k < here; k++, word >>= q->bits)
+                *(Vector *)numbers[k] = (levels_of(word & mask, q->levels, table) - middle) * scale;
+            for (int64_t o = 0; o < outputs; o++)
+                for (int64_t k = 0; k < here; k++)
+                    put(weights, o * q->in + g * q->group + w * in + k, numbers[k][o], q->half);
+        }
+    }
+}
+
+/* Outputs lo .. hi - 1 of Q as numbers, float32 or bfloat16 (half): weights (hi - lo, in). lo is a multiple of LANES. */
+void gramian_decode(const Codes *q, int64_t lo, int64_t hi, void *weights, int threads) {
+    int64_t first = lo / LANES, count = (hi - lo + LANES - 1) / LANES, table = table_of(q);
+    PARALLEL(threads) {
+        int64_t from = count * this_thread() / all_threads(), to = count * (this_thread() + 1) / all_threads();
+        for (int64_t t = from; t < to; t++) {
+            char *rows = (char *)weights + t * LANES * q->in * (q->half ? 2 : 4);
+            switch (table) {
+            case -1: decode(-1, q, first + t, hi, rows); break;
+            case 0: decode(0, q, first + t, hi, rows); break;
+            case 1: decode(1, q, first + t, hi, rows); break;
+            case 2: decode(2, q, first + t, hi, rows); break;
+            case 3: decode(3, q, first + t, hi, rows); break;
+            default: decode(4, q, first + t, hi, rows);
+            }
+        }
+    }
+}
 
 /* x (batch, in) -> y (batch, out), both float32 or bfloat16 (half). Returns 1 without memory. */
 int gramian_codes(const Codes *q, int batch, const void *x, void *y, int threads) {
@@ -131,12 +193,7 @@ int gramian_codes(const Codes *q, int batch, const void *x, void *y, int threads
     }
     int64_t work = q->out * q->in * batch;
     if (threads > 1 + work / SMALL) threads = 1 + work / SMALL;
-    Tile *const (*kind)[4] = !q->levels       ? even
-                             : q->bits <= 4 ? table_16
-                             : q->bits == 5 ? table_32
-                             : q->bits == 6 ? table_64
-                             : q->bits == 7 ? table_128
-                                            : table_256;
+    Tile *const (*kind)[4] = TABLES[1 + table_of(q)];
     PARALLEL(threads) {
         int64_t lo = tiles * this_thread() / all_threads(), hi = tiles * (this_thread() + 1) / all_threads();
         for (int64_t t = lo, wide; t < hi; t += wide)

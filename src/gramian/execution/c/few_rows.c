@@ -16,8 +16,6 @@
 #define CHUNK 65536 /* numbers of a weight that a cache holds, while more than BATCH rows meet them */
 #define SMALL 8192  /* multiplications that a second thread is worth */
 
-#define PICK __builtin_shufflevector
-
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -45,6 +43,9 @@ INLINE Vector many(const void *values, int64_t at, int half) {
 
 /* Sums over a vector ---------------------------------------------------------------------------------------------------- */
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK __builtin_shufflevector
+
 INLINE Four fold(Vector v) {
 #if LANES == 16
     typedef float Eight __attribute__((vector_size(32)));
@@ -63,6 +64,18 @@ INLINE Four sums(Vector a, Vector b, Vector c, Vector d) {
     Four rs = PICK(r, s, 0, 4, 1, 5) + PICK(r, s, 2, 6, 3, 7);
     return PICK(pq, rs, 0, 1, 4, 5) + PICK(pq, rs, 2, 3, 6, 7);
 }
+#else
+INLINE Four fold(Vector v) {
+    Four sum = {0};
+    UNROLL for (int i = 0; i < LANES; i++) sum[i % 4] += v[i];
+    return sum;
+}
+
+INLINE Four sums(Vector a, Vector b, Vector c, Vector d) {
+    Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+    return (Four){p[0] + p[1] + p[2] + p[3], q[0] + q[1] + q[2] + q[3], r[0] + r[1] + r[2] + r[3], s[0] + s[1] + s[2] + s[3]};
+}
+#endif
 
 /* Products -------------------------------------------------------------------------------------------------------------- */
 
