@@ -36,7 +36,7 @@ def run_calibrate(*, json_output: bool = False, budget: float = 17.0) -> None:
     click.echo(f"measured {sum(facts['products'].values())} products in {facts['seconds']} s\ncalibration  {path}")
     if "compiled" not in model.libraries:
         click.echo(
-            "there is no C compiler ($CC, cc, gcc or clang): products of few rows run by torch alone, and slower"
+            "there is no C compiler ($CC, gcc, cc or clang): products of few rows run by torch alone, and slower"
         )
 
 

@@ -30,8 +30,6 @@ FEW_ROWS = 32
 """Of more rows, turning codes into numbers once, for dense products, is faster."""
 NUMBERS = 2**19
 """So many at a time: what a cache holds."""
-LANES = 16
-"""A multiple of the outputs that lie side by side, on any processor."""
 
 
 def able(op: Operator, dtype: torch.dtype) -> bool:
@@ -82,17 +80,20 @@ class Codes(Operator):
             scales = op.scales.new_empty((tiles, groups, lanes), dtype=torch.float32)
             none = scales.new_empty(0)
             return cls(op, codes, scales, none, none, dtype)
-        whole = F.pad(unpack(op.codes, op.bits, in_).int(), (0, groups * group - in_, 0, tiles * lanes - out))
-        whole = F.pad(whole.view(tiles, lanes, groups, group), (0, words * each - group))
-        codes = whole.new_zeros(tiles, lanes, groups, words)
-        for place, digit in enumerate(whole.view(tiles, lanes, groups, words, each).unbind(-1)):
-            codes |= digit << place * op.bits
+        codes = op.codes.new_zeros((tiles, groups, words, lanes), dtype=torch.int32)
+        step = max(1, NUMBERS // (lanes * max(in_, 1)))
+        for first in range(0, tiles, step):  # some outputs at a time: apart, codes take 4 to 16 times the bytes
+            part = op.codes[first * lanes : (first + step) * lanes]
+            whole = F.pad(unpack(part, op.bits, in_).int(), (0, groups * group - in_, 0, -len(part) % lanes))
+            whole = F.pad(whole.view(-1, lanes, groups, group), (0, words * each - group))
+            for place, digit in enumerate(whole.view(-1, lanes, groups, words, each).unbind(-1)):
+                codes[first : first + step] |= (digit << place * op.bits).permute(0, 2, 3, 1)
         scales = op.scales.float() * (2 / (2**op.bits - 1) if even else 1)
         scales = F.pad(scales, (0, 0, 0, tiles * lanes - out)).view(tiles, lanes, groups).mT.contiguous()
         levels = grid_levels(op.grid, op.bits).float()
         levels = levels[:0] if even else F.pad(levels, (0, max(0, 16 - len(levels))))
         signs = op.rotation_signs(torch.float32).contiguous()
-        return cls(op, codes.permute(0, 2, 3, 1).contiguous(), scales, levels, signs, dtype)
+        return cls(op, codes, scales, levels, signs, dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,12 +136,14 @@ class Codes(Operator):
         else:
             turned = torch.empty_like(x) if self.source.rotation > 1 else x
             failed = turned is not x and loaded.gramian_rotate(about, rows, x.data_ptr(), turned.data_ptr(), threads)
-            turned, step = turned.view(rows, in_), max(1, NUMBERS // in_ // LANES) * LANES
-            weights = x.new_empty(min(step, out), in_)
-            for lo in range(0, out, step):
-                hi = min(lo + step, out)
-                loaded.gramian_decode(about, lo, hi, weights.data_ptr(), threads)
-                y.view(rows, out)[:, lo:hi] = self._multiply(turned, weights[: hi - lo])
+            tiles, _, _, lanes = self.codes.shape
+            step = max(1, min(NUMBERS // in_ // lanes, tiles))
+            weights = x.new_empty(step * lanes * in_)
+            for first in range(0, tiles, step):
+                count = min(step, tiles - first)
+                loaded.gramian_decode(about, first, count, weights.data_ptr(), threads)
+                part = weights[: count * lanes * in_].view(in_, count * lanes).mT[: out - first * lanes]
+                y.view(rows, out)[:, first * lanes :][:, : len(part)] = self._multiply(turned.view(rows, in_), part)
         if failed:
             raise MemoryError(f"a product of {rows} rows by a matrix {self.shape} of {self.source.bits} bits an entry")
         return y

@@ -35,12 +35,18 @@ class _Stack(ctypes.Structure):
 
 
 class _Chain(ctypes.Structure):
-    """``Chain`` of few_rows.c."""
+    """``Chain`` of few_rows.c.
+
+    Attributes:
+        held: whose addresses these are, beside the weights.
+    """
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("stacks", "take")),
+        ("stacks", ctypes.POINTER(_Stack)),
+        ("take", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "taken", "columns", "half")),
     ]
+    held: list[Tensor | None]
 
 
 def _taken_apart(steps: Sequence[Step]) -> Iterator[Step]:
@@ -108,45 +114,34 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
             orders.append(torch.arange(part.values.shape[0] * part.values.shape[1]))
         else:
             orders[-1] = _moved(orders[-1], part)
-    table = (_Stack * len(stacks))()
     take = None if _in_order(orders[0], columns) else orders[0].int()
-    about = _Chain(
-        ctypes.addressof(table), _address(take), len(stacks), len(orders[0]), columns, dtype == torch.bfloat16
-    )
-    held = [take]  # what the kernel reads; the weights are held as `stacks`
-    for row, stack, order in zip(table, stacks, orders[1:], strict=True):
+    rows = (_Stack * len(stacks))()
+    about = _Chain(rows, _address(take), len(stacks), len(orders[0]), columns, dtype == torch.bfloat16)
+    about.held = [take]
+    for row, stack, order in zip(rows, stacks, orders[1:], strict=True):
         groups, out, in_ = stack.shape
         places = _places(order, groups * out)
         if places is None:
             return None
-        held.append(None if _in_order(order, groups * out) else places.int())
-        row.values, row.place = stack.data_ptr(), _address(held[-1])
+        about.held.append(None if _in_order(order, groups * out) else places.int())
+        row.values, row.place = stack.data_ptr(), _address(about.held[-1])
         row.groups, row.out, row.stride, row.size = groups, out, stack.stride(0), len(order)
         setattr(row, "in", in_)
         row.sparse = bool((order < 0).any())
-    pointers = [stack.data_ptr() for stack in stacks]
-    call = (
-        loaded.gramian_few_rows,
-        ctypes.addressof(about),
-        about,
-        table,
-        held,
-    )  # closed over, so that all of it stays
+    multiply, pointer, addresses = loaded.gramian_few_rows, ctypes.pointer(about), [s.data_ptr() for s in stacks]
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype != dtype or type(x) is not Tensor or watched(x, *stacks) or counted():
             return otherwise(x, bias)
-        if [
-            stack.data_ptr() for stack in stacks
-        ] != pointers:  # freed or moved behind our back, as sharding libraries do
+        if [s.data_ptr() for s in stacks] != addresses:  # freed or moved behind our back, as sharding libraries do
             return otherwise(x, bias)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], size))
         if bias is not None:
             bias = bias.to(dtype).contiguous()
-        rows = x.numel() // columns
-        if call[0](call[1], rows, x.data_ptr(), _address(bias), y.data_ptr(), torch.get_num_threads()):
-            raise MemoryError(f"a product of {rows} rows by {len(stacks)} matrices")
+        batch = x.numel() // columns
+        if multiply(pointer, batch, x.data_ptr(), _address(bias), y.data_ptr(), torch.get_num_threads()):
+            raise MemoryError(f"a product of {batch} rows by {len(stacks)} matrices")
         return y
 
     return product

@@ -1,5 +1,5 @@
 """Kernels in C, compiled in a few seconds by the C compiler of the user's machine for its very processor, and kept in the
-user's cache directory. Without a compiler (``$CC``, cc, gcc or clang), or on Windows, torch's own products run instead.
+user's cache directory. Without a compiler (``$CC``, gcc, cc or clang), or on Windows, torch's own products run instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def _compiler() -> list[str] | None:
     named = shlex.split(os.environ.get("CC", ""))
     if named:
         return named
-    return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    # GCC first: its threads are those that torch runs on, where there are both.
+    return next(([found] for name in ("gcc", "cc", "clang") if (found := shutil.which(name))), None)
 
 
 def _processor() -> str:

@@ -94,18 +94,36 @@ TILES(even, -1) TILES(table_16, 0) TILES(table_32, 1) TILES(table_64, 2) TILES(t
 static Tile *const (*const TABLES[])[4] = {even, table_16, table_32, table_64, table_128, table_256};
 /* More tiles at once the fewer rows there are, so that enough sums are under way. */
 static const int SIDE_BY_SIDE[4] = {4, 4, 2, 1};
+INLINE int size_of(int64_t batch) { return batch > 4 ? 3 : batch > 2 ? 2 : batch > 1; }
 
-/* x <- H (signs x), H orthonormal, block by block. */
+/* x <- H (signs x), H orthonormal, block by block: sums and differences of numbers 1, 2, 4, ... apart. */
 static void rotate(float *x, int64_t in, const float *signs, int64_t block) {
     float scale = 1;
     for (int64_t n = block; n > 1; n /= 2) scale *= 0.70710678118654752f;
     for (int64_t i = 0; i < in; i++) x[i] *= signs[i] * scale;
-    for (int64_t half = 1; half < block; half *= 2)
-        for (int64_t from = 0; from < in; from += 2 * half)
-            for (int64_t i = from; i < from + half; i++) {
-                float a = x[i], b = x[i + half];
+    int64_t apart = 1;
+#if LANES == 16 && defined(PICK)
+    if (block >= LANES) { /* the first four within vectors */
+        const Vector one = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+        const Vector two = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+        const Vector four = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+        const Vector eight = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+        for (int64_t i = 0; i < in; i += LANES) {
+            Vector v = *(Vector *)(x + i);
+            v = PICK(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + v * one;
+            v = PICK(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + v * two;
+            v = PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + v * four;
+            *(Vector *)(x + i) = PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) + v * eight;
+        }
+        apart = LANES;
+    }
+#endif
+    for (; apart < block; apart *= 2)
+        for (int64_t from = 0; from < in; from += 2 * apart)
+            for (int64_t i = from; i < from + apart; i++) {
+                float a = x[i], b = x[i + apart];
                 x[i] = a + b;
-                x[i + half] = a - b;
+                x[i + apart] = a - b;
             }
 }
 
@@ -130,45 +148,38 @@ int gramian_rotate(const Codes *q, int batch, const void *x, void *y, int thread
     return 0;
 }
 
-/* Tile t of Q as numbers, up to output `hi`: its first output is row 0 of weights (.., in). */
-INLINE void decode(const int table, const Codes *q, int64_t t, int64_t hi, void *weights) {
+/* Tile t of Q as numbers, in the first LANES columns of weights (in, width). */
+INLINE void decode(const int table, const int half, const Codes *q, int64_t t, int64_t width, void *weights) {
     int64_t in = in_word(q), words = group_words(q), groups = group_count(q);
     uint32_t mask = (1u << q->bits) - 1;
     float middle = table < 0 ? mask / 2.0f : 0;
-    int64_t outputs = hi - t * LANES < LANES ? hi - t * LANES : LANES;
     for (int64_t g = 0; g < groups; g++) {
         const uint32_t *codes = q->codes + (t * groups + g) * words * LANES;
         Vector scale = *(const Vector *)(q->scales + (t * groups + g) * LANES);
-        int64_t count = q->in - g * q->group < q->group ? q->in - g * q->group : q->group;
-        for (int64_t w = 0; w * in < count; w++) {
-            float numbers[16][LANES];
-            Words word = *(const Words *)(codes + w * LANES);
-            int64_t here = count - w * in < in ? count - w * in : in;
-            for (int64_t k = 0; k < here; k++, word >>= q->bits)
-                *(Vector *)numbers[k] = (levels_of(word & mask, q->levels, table) - middle) * scale;
-            for (int64_t o = 0; o < outputs; o++)
-                for (int64_t k = 0; k < here; k++)
-                    put(weights, o * q->in + g * q->group + w * in + k, numbers[k][o], q->half);
+        int64_t i = g * q->group, end = i + q->group < q->in ? i + q->group : q->in;
+        for (; i < end; codes += LANES) {
+            Words word = *(const Words *)codes;
+            for (int64_t k = 0; k < in && i < end; k++, i++, word >>= q->bits)
+                put_many(weights, i * width, (levels_of(word & mask, q->levels, table) - middle) * scale, half);
         }
     }
 }
 
-/* Outputs lo .. hi - 1 of Q as numbers, float32 or bfloat16 (half): weights (hi - lo, in). lo is a multiple of LANES. */
-void gramian_decode(const Codes *q, int64_t lo, int64_t hi, void *weights, int threads) {
-    int64_t first = lo / LANES, count = (hi - lo + LANES - 1) / LANES, table = table_of(q);
+#define DECODE(name, table)                                                                                                  \
+    static void name##_full(const Codes *q, int64_t t, int64_t width, void *weights) { decode(table, 0, q, t, width, weights); } \
+    static void name##_half(const Codes *q, int64_t t, int64_t width, void *weights) { decode(table, 1, q, t, width, weights); }
+DECODE(numbers, -1) DECODE(of_16, 0) DECODE(of_32, 1) DECODE(of_64, 2) DECODE(of_128, 3) DECODE(of_256, 4)
+typedef void Decode(const Codes *, int64_t, int64_t, void *);
+static Decode *const DECODES[][2] = {{numbers_full, numbers_half}, {of_16_full, of_16_half},   {of_32_full, of_32_half},
+                                     {of_64_full, of_64_half},     {of_128_full, of_128_half}, {of_256_full, of_256_half}};
+
+/* `count` tiles of Q from the `first`-th as numbers, float32 or bfloat16 (half), turned: weights (in, count * LANES). */
+void gramian_decode(const Codes *q, int64_t first, int64_t count, void *weights, int threads) {
+    Decode *tile = DECODES[1 + table_of(q)][q->half];
     PARALLEL(threads) {
-        int64_t from = count * this_thread() / all_threads(), to = count * (this_thread() + 1) / all_threads();
-        for (int64_t t = from; t < to; t++) {
-            char *rows = (char *)weights + t * LANES * q->in * (q->half ? 2 : 4);
-            switch (table) {
-            case -1: decode(-1, q, first + t, hi, rows); break;
-            case 0: decode(0, q, first + t, hi, rows); break;
-            case 1: decode(1, q, first + t, hi, rows); break;
-            case 2: decode(2, q, first + t, hi, rows); break;
-            case 3: decode(3, q, first + t, hi, rows); break;
-            default: decode(4, q, first + t, hi, rows);
-            }
-        }
+        int64_t lo = count * this_thread() / all_threads(), hi = count * (this_thread() + 1) / all_threads();
+        for (int64_t t = lo; t < hi; t++)
+            tile(q, first + t, count * LANES, (char *)weights + t * LANES * (q->half ? 2 : 4));
     }
 }
 
@@ -196,19 +207,19 @@ int gramian_codes(const Codes *q, int batch, const void *x, void *y, int threads
     Tile *const (*kind)[4] = TABLES[1 + table_of(q)];
     PARALLEL(threads) {
         int64_t lo = tiles * this_thread() / all_threads(), hi = tiles * (this_thread() + 1) / all_threads();
-        for (int64_t t = lo, wide; t < hi; t += wide)
+        int most = SIDE_BY_SIDE[size_of(batch)]; /* for all rows, those left over at the end too */
+        for (int64_t t = lo, wide; t < hi; t += wide) {
+            wide = t + most <= hi ? most : 1;
             for (int64_t done = 0, size; done < batch; done += 1 << size) {
                 float made[MOST * LANES];
                 int64_t left = batch - done;
-                size = left > 4 ? 3 : left > 2 ? 2 : left > 1;
-                /* The same number of tiles for all rows: that of the most rows at once. */
-                int first = batch > 4 ? 3 : batch > 2 ? 2 : batch > 1;
-                wide = t + SIDE_BY_SIDE[first] <= hi ? SIDE_BY_SIDE[first] : 1;
+                size = size_of(left);
                 kind[wide != SIDE_BY_SIDE[size]][size](q, t, apart + done * width, width, sums + done * groups, made);
                 for (int64_t b = 0; b < left && b < 1 << size; b++)
                     for (int64_t i = 0; i < wide * LANES && t * LANES + i < q->out; i++)
                         put(y, (done + b) * q->out + t * LANES + i, made[b * wide * LANES + i], q->half);
             }
+        }
     }
     free(apart);
     return 0;

@@ -16,7 +16,6 @@
 #define CHUNK 65536 /* numbers of a weight that a cache holds, while more than BATCH rows meet them */
 #define SMALL 8192  /* multiplications that a second thread is worth */
 
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* A stack of `groups` matrices (out, in), `stride` numbers from one to the next; group g multiplies the g-th `in` numbers.
@@ -43,9 +42,7 @@ INLINE Vector many(const void *values, int64_t at, int half) {
 
 /* Sums over a vector ---------------------------------------------------------------------------------------------------- */
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define PICK __builtin_shufflevector
-
+#ifdef PICK
 INLINE Four fold(Vector v) {
 #if LANES == 16
     typedef float Eight __attribute__((vector_size(32)));

@@ -16,11 +16,16 @@
 #define LANES 4
 #endif
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK __builtin_shufflevector
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -44,15 +49,22 @@ INLINE float one(const void *values, int64_t at, int half) {
     return value;
 }
 
-INLINE void put(void *values, int64_t at, float value, int half) {
-    if (!half) {
-        ((float *)values)[at] = value;
-        return;
-    }
+/* float32 to bfloat16: to the nearest, ties to even; what is no number stays none. */
+INLINE uint16_t narrow(float value) {
     uint32_t word;
     memcpy(&word, &value, 4);
-    /* To the nearest, ties to even; what is no number stays none. */
-    ((uint16_t *)values)[at] = value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : word >> 16 | 0x40;
+    return value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : word >> 16 | 0x40;
+}
+
+INLINE void put(void *values, int64_t at, float value, int half) {
+    if (half) ((uint16_t *)values)[at] = narrow(value);
+    else ((float *)values)[at] = value;
+}
+
+/* The same for vectors, of finite numbers. */
+INLINE void put_many(void *values, int64_t at, Vector v, int half) {
+    if (half) *(Halves *)((uint16_t *)values + at) = __builtin_convertvector(((Words)v + 0x7fff + ((Words)v >> 16 & 1)) >> 16, Halves);
+    else *(Vector *)((float *)values + at) = v;
 }
 
 #endif
