@@ -24,6 +24,9 @@ from gramian.ops import Blast, BlockDiagonal, BlockLowRank, Dense, Operator, mon
 
 Call = Callable[[], object]
 
+SLOW = 10
+"""Times the dense product: what takes longer is measured apart."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -276,7 +279,12 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
         "chosen": taking_turns(partial(Prepared(each), x) for each in copies(op, from_memory, ready.nbytes(form))),
         **{peer: taking_turns(found[peer] for found in others) for peer in others[0]},
     }
-    took = interleaved(calls)
+    # Calls that take very long would leave time for a few rounds only, and disturb what is measured next to them.
+    most = SLOW * best_seconds(calls["dense"])
+    slow = {name for name, call in calls.items() if best_seconds(call, repeats=1) > most}
+    took = interleaved({name: call for name, call in calls.items() if name not in slow})
+    if slow:
+        took |= interleaved({name: calls[name] for name in slow})
     if from_memory:
         reads = {EVICTED: reads[max(reads)]}
     least = bound(run, batch, rate, reads)

@@ -159,7 +159,7 @@ def _kinds() -> list[tuple[torch.dtype, str, float]]:
     """What is measured: dtype, library, and the share of the time until which. Little is enough where few rows are all."""
     shares = [(torch.bfloat16, "", 0.12), (torch.float32, "", 0.8)]
     if _onednn_gains():
-        shares = [(torch.bfloat16, "", 0.1), (torch.float32, "", 0.54), (torch.float32, "onednn", 0.27)]
+        shares = [(torch.bfloat16, "", 0.13), (torch.float32, "", 0.52), (torch.float32, "onednn", 0.26)]
     if native.present():
         shares += [(dtype, "compiled", 0.02) for dtype in compiled.DTYPES]
     return [(dtype, library, sum(s for *_, s in shares[: i + 1])) for i, (dtype, library, _) in enumerate(shares)]
