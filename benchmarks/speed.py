@@ -56,15 +56,15 @@ def factorisations(encoder: Encoder) -> dict[str, float]:
     return out
 
 
-def loaded(encoder: Encoder) -> list[dict[str, float]]:
-    """Original against compressed at keep 0.5, loaded from disk, on random tokens; interleaved, medians."""
+def loaded(encoder: Encoder, settings: Settings) -> list[dict[str, float]]:
+    """Original against compressed, loaded from disk, on random tokens; interleaved, medians."""
     from transformers import AutoModel
 
     import gramian  # noqa: F401
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        Job(None, None, out, Settings(keep=0.5)).run()
+        Job(None, None, out, settings).run()
         small = AutoModel.from_pretrained(out).eval()
     rows = []
     for batch, tokens, repeats in ((1, 16, 60), (1, 128, 40), (16, 128, 15)):
@@ -100,7 +100,8 @@ def main() -> None:
     rows["stages_with_gradients"] = stages("features")
     rows["stages_without_gradients"] = stages("none")
     print(rows, flush=True)
-    rows["loaded_model_at_keep_0.5"] = loaded(encoder)
+    rows["loaded_model_at_keep_0.5"] = loaded(encoder, Settings(keep=0.5))
+    rows["loaded_model_at_0.27_of_the_bytes"] = loaded(encoder, Settings(keep=0.27, cost="bytes"))
     rows["peak_memory_gb"] = peak()
     print(f"peak memory {rows['peak_memory_gb']} GB")
     write("speed", rows)
