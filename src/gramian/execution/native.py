@@ -46,7 +46,7 @@ def _processor() -> str:
 
 def build() -> Path | None:
     """The compiled kernels of this machine, made now if they are not there; None without a compiler, or if it fails."""
-    compiler, sources = _compiler(), sorted(SOURCES.iterdir())
+    compiler, sources = _compiler(), sorted(SOURCES.glob("*.[ch]"))
     parts = [_processor(), *(compiler or []), *FLAGS, *(flag for flags in TRIED for flag in flags)]
     about = "\0".join([*parts, *(path.read_text(encoding="utf-8") for path in sources)])
     path = cache_directory() / f"kernels-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"

@@ -1,4 +1,4 @@
-/* A few rows times a matrix of 2 to 8 bits an entry: the weights are read as codes and become numbers in registers.
+/* Products with a matrix of 2 to 8 bits an entry: of a few rows the weights are read as codes and become numbers in registers.
 
    y = Q S x, with Q[o, i] = scale[o, i / group] * level[code[o, i]] and S a rotation, or none. A word holds 32 / bits codes of one
    output; the words of LANES outputs, a tile, lie side by side, so that all of a vector meets the same number of x. */
