@@ -282,9 +282,8 @@ def _row(name: str, op: Operator, weight: Tensor, n: int, batch: int, rate: floa
     # Calls that take very long would leave time for a few rounds only, and disturb what is measured next to them.
     most = SLOW * best_seconds(calls["dense"])
     slow = {name for name, call in calls.items() if best_seconds(call, repeats=1) > most}
-    took = interleaved({name: call for name, call in calls.items() if name not in slow})
-    if slow:
-        took |= interleaved({name: calls[name] for name in slow})
+    quick = {name: call for name, call in calls.items() if name not in slow}
+    took = interleaved(quick) | interleaved({name: calls[name] for name in slow})
     if from_memory:
         reads = {EVICTED: reads[max(reads)]}
     least = bound(run, batch, rate, reads)

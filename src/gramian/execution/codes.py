@@ -19,13 +19,11 @@ from torch import Tensor
 
 from gramian.execution import onednn
 from gramian.execution.calibration import stored
-from gramian.execution.native import library
-from gramian.modes import counted, watched
+from gramian.execution.native import DTYPES, library, readable
 from gramian.ops import Operator, Quantized
 from gramian.ops.bits import unpack
 from gramian.ops.quantized import grid_levels
 
-DTYPES = (torch.float32, torch.bfloat16)
 FEW_ROWS = 32
 """Of more rows, turning codes into numbers once, for dense products, is faster."""
 NUMBERS = 2**19
@@ -56,7 +54,7 @@ class Codes(Operator):
         scales: (tiles, groups, lanes) float32.
         levels: the grid, filled up to 16 numbers; none of an even one, whose scales are of a step of one.
         signs: (rounds, in) of +-1, float32.
-        kept: in the dtype of x.
+        runs_in: the dtype of x, and of the product.
     """
 
     kind: ClassVar[str] = "codes"
@@ -65,7 +63,7 @@ class Codes(Operator):
     scales: Tensor
     levels: Tensor
     signs: Tensor
-    kept: torch.dtype
+    runs_in: torch.dtype
 
     @classmethod
     def of(cls, op: Operator, dtype: torch.dtype) -> Codes:
@@ -98,7 +96,7 @@ class Codes(Operator):
     @property
     def dtype(self) -> torch.dtype:
         """Of x."""
-        return self.kept
+        return self.runs_in
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,7 +113,7 @@ class Codes(Operator):
         op, pointers = self.source, (self.codes, self.scales, self.levels, self.signs)
         return _Codes(
             *(tensor.data_ptr() if tensor.numel() else None for tensor in pointers),
-            *(*op.shape, op.bits, op.group, op.rounds, op.rotation, self.kept == torch.bfloat16),
+            *(*op.shape, op.bits, op.group, op.rounds, op.rotation, self.runs_in == torch.bfloat16),
         )
 
     def apply(self, x: Tensor) -> Tensor:
@@ -123,11 +121,11 @@ class Codes(Operator):
         (out, in_), loaded = self.shape, library()
         rows = math.prod(x.shape[:-1])
         if x.is_meta and rows <= FEW_ROWS:
-            made: Tensor = torch.ops.gramian.codes(x, self.codes, out, self.source.bits)
+            made: Tensor = torch.ops.gramian.few_rows(x, [x.new_empty(1, out, in_)], out, self.source.bits)
             return made
         if x.is_meta:
             return self._multiply(x, x.new_empty(out, in_).clone())  # making the numbers is a pass over them
-        if loaded is None or x.dtype != self.kept or type(x) is not Tensor or watched(x) or counted():
+        if loaded is None or not readable(x, self.runs_in):
             return self.source.apply(x)
         x, threads, about = x.contiguous(), torch.get_num_threads(), ctypes.addressof(self._about)
         y = x.new_empty((*x.shape[:-1], out))
@@ -151,7 +149,7 @@ class Codes(Operator):
     def _multiply(self, x: Tensor, weights: Tensor) -> Tensor:
         """A dense product in the way that is faster for many rows."""
         model = stored()
-        if model is not None and "onednn" in model.libraries and self.kept == torch.float32 and onednn.present():
+        if model is not None and "onednn" in model.libraries and self.runs_in == torch.float32 and onednn.present():
             return onednn.linear(weights)(x, None)
         return F.linear(x, weights)
 
@@ -160,16 +158,4 @@ class Codes(Operator):
         return 2 * batch * self.shape[0] * self.shape[1]
 
 
-# Known to torch as shapes alone, so that the cost model sees what would run.
-_LIBRARY = torch.library.Library("gramian", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("codes(Tensor x, Tensor codes, int out, int bits) -> Tensor")  # type: ignore[no-untyped-call]
-
-
-def _shape(x: Tensor, codes: Tensor, out: int, bits: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out)
-
-
-_LIBRARY.impl("codes", _shape, "Meta")  # type: ignore[no-untyped-call]
-
-
-__all__ = ["DTYPES", "FEW_ROWS", "Codes", "able"]
+__all__ = ["FEW_ROWS", "Codes", "able"]

@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gramian.execution.native import library
+from gramian.execution.native import DTYPES, library, readable
 from gramian.execution.onednn import Kernel
 from gramian.execution.steps import Matrix, Mixed, Placed, Resized, Stack, Step, Swapped, Taken
-from gramian.modes import counted, watched
 
-DTYPES = (torch.float32, torch.bfloat16)
 MOST_ROWS = 32
 """Of more rows, libraries that reuse weights in registers are faster; of more than a few they often are."""
 
@@ -102,7 +100,7 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
         return None
     first = stacks[0]
     if first.is_meta:
-        return lambda x, bias: torch.ops.gramian.few_rows(x, stacks, size)  # type: ignore[no-any-return]
+        return lambda x, bias: torch.ops.gramian.few_rows(x, stacks, size, 0)  # type: ignore[no-any-return]
     loaded, dtype = library(), first.dtype
     fits = all(s.dtype == dtype and s.device.type == "cpu" and s[0].is_contiguous() for s in stacks)
     if loaded is None or not fits or dtype not in DTYPES:
@@ -131,7 +129,7 @@ def chain(steps: Sequence[Step], shape: tuple[int, int], otherwise: Kernel) -> K
     multiply, pointer, addresses = loaded.gramian_few_rows, ctypes.pointer(about), [s.data_ptr() for s in stacks]
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dtype != dtype or type(x) is not Tensor or watched(x, *stacks) or counted():
+        if not readable(x, dtype, *stacks):
             return otherwise(x, bias)
         if [s.data_ptr() for s in stacks] != addresses:  # freed or moved behind our back, as sharding libraries do
             return otherwise(x, bias)
@@ -151,12 +149,13 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-# Known to torch as shapes alone, so that the cost model sees what would run.
+# Known to torch as shapes alone, so that the cost model sees what would run; `bits` of an entry, where they are fewer than
+# the dtype's (``execution.codes``).
 _LIBRARY = torch.library.Library("gramian", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("few_rows(Tensor x, Tensor[] stacks, int out) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define("few_rows(Tensor x, Tensor[] stacks, int out, int bits) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def _shape(x: Tensor, stacks: list[Tensor], out: int) -> Tensor:
+def _shape(x: Tensor, stacks: list[Tensor], out: int, bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out)
 
 

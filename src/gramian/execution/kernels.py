@@ -119,7 +119,7 @@ def rows(op: Operator, way: Way) -> Kernel:
     if isinstance(op, Product | Sum):
         kernels = [rows(part, way) for part in op.parts]
         return _chained(kernels[::-1]) if isinstance(op, Product) else _added(kernels)
-    return _applied(op)
+    return _then_added(op.apply)
 
 
 def multiplied(op: Operator) -> tuple[list[Tensor], list[Tensor]]:
@@ -137,14 +137,6 @@ def multiplied(op: Operator) -> tuple[list[Tensor], list[Tensor]]:
 
     rows(op, Way(linear, grouped))
     return matrices, stacks
-
-
-def _applied(op: Operator) -> Kernel:
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        y = op.apply(x)
-        return y if bias is None else y + bias.to(y.dtype)
-
-    return product
 
 
 def _chained(kernels: Sequence[Kernel]) -> Kernel:

@@ -16,8 +16,14 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from gramian.execution.cache import cache_directory
+import torch
+from torch import Tensor
 
+from gramian.execution.cache import cache_directory
+from gramian.modes import counted, watched
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of weights and what they multiply."""
 SOURCES = Path(__file__).with_name("c")
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 TRIED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",))
@@ -58,8 +64,8 @@ def build() -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
+            files = [str(source) for source in sources if source.suffix == ".c"]
             for flags in TRIED:
-                files = [str(source) for source in sources if source.suffix == ".c"]
                 command = [*compiler, *FLAGS, *flags, *files, "-o", str(made)]
                 if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                     made.replace(path)
@@ -92,4 +98,9 @@ def present() -> bool:
     return library() is not None
 
 
-__all__ = ["build", "library", "present"]
+def readable(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
+    """Whether a kernel for that dtype may take x: nothing looks on that would not see it, and x is memory."""
+    return x.dtype == dtype and type(x) is Tensor and not (watched(x, *weights) or counted())
+
+
+__all__ = ["DTYPES", "build", "library", "present", "readable"]

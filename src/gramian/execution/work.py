@@ -113,9 +113,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.steps.append(_by_onednn(*tensors[:2]))
         elif name == "few_rows":
             for count, n, k in (stack.shape for stack in args[1]):
-                self.steps.append(_by_compiled(args[0], count, n, k))
-        elif name == "codes" and func.namespace == "gramian":
-            self.steps.append(_by_compiled(args[0], 1, args[2], args[0].shape[-1], args[3]))
+                rows = math.prod(args[0].shape[:-1])
+                self.steps.append(
+                    MatrixProduct(count, rows, n, k, False, True, False, args[0].dtype, "compiled", args[3])
+                )
         elif name == "_weight_int4pack_mm_for_cpu":
             (m, k), n = tensors[0].shape, tensors[1].shape[0]
             self.steps.append(MatrixProduct(1, m, n, k, False, True, False, tensors[0].dtype, bits=4))
@@ -167,10 +168,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> MatrixProduct:
         k, count = weight.shape[1], x.shape[1] // weight.shape[1]
         m, n = x.shape[2], weight.shape[0] // count
     return MatrixProduct(count, m, n, k, False, True, False, weight.dtype, "onednn")
-
-
-def _by_compiled(x: Tensor, count: int, n: int, k: int, bits: int = 0) -> MatrixProduct:
-    return MatrixProduct(count, math.prod(x.shape[:-1]), n, k, False, True, False, x.dtype, "compiled", bits)
 
 
 def _order(matrix: Tensor) -> str:

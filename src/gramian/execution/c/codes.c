@@ -11,7 +11,6 @@
 
 #define AHEAD 2048 /* bytes that are asked for before they are needed */
 #define MOST 8     /* rows of x that meet the codes at once */
-#define SMALL 8192 /* multiplications that a second thread is worth */
 
 typedef int32_t Numbers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -131,16 +130,20 @@ int gramian_lanes(void) { return LANES; }
 
 INLINE int table_of(const Codes *q) { return !q->levels ? -1 : q->bits <= 4 ? 0 : q->bits - 4; }
 
+/* Row b of x S^T, in float32. */
+static void rotated(const Codes *q, const void *x, int64_t b, float *row) {
+    for (int64_t i = 0; i < q->in; i++) row[i] = one(x, b * q->in + i, q->half);
+    for (int64_t k = 0; k < q->rounds; k++) rotate(row, q->in, q->signs + k * q->in, q->rotation);
+}
+
 /* x S^T: x (batch, in) -> y (batch, in). Returns 1 without memory. */
 int gramian_rotate(const Codes *q, int batch, const void *x, void *y, int threads) {
     float *apart = malloc((threads * q->in + 1) * sizeof(float));
     if (!apart) return 1;
     PARALLEL(threads) {
         float *row = apart + this_thread() * q->in;
-        int64_t lo = (int64_t)batch * this_thread() / all_threads(), hi = (int64_t)batch * (this_thread() + 1) / all_threads();
-        for (int64_t b = lo; b < hi; b++) {
-            for (int64_t i = 0; i < q->in; i++) row[i] = one(x, b * q->in + i, q->half);
-            for (int64_t k = 0; k < q->rounds; k++) rotate(row, q->in, q->signs + k * q->in, q->rotation);
+        for (int64_t b = share(batch, this_thread()); b < share(batch, this_thread() + 1); b++) {
+            rotated(q, x, b, row);
             for (int64_t i = 0; i < q->in; i++) put(y, b * q->in + i, row[i], q->half);
         }
     }
@@ -177,8 +180,7 @@ static Decode *const DECODES[][2] = {{numbers_full, numbers_half}, {of_16_full, 
 void gramian_decode(const Codes *q, int64_t first, int64_t count, void *weights, int threads) {
     Decode *tile = DECODES[1 + table_of(q)][q->half];
     PARALLEL(threads) {
-        int64_t lo = count * this_thread() / all_threads(), hi = count * (this_thread() + 1) / all_threads();
-        for (int64_t t = lo; t < hi; t++)
+        for (int64_t t = share(count, this_thread()); t < share(count, this_thread() + 1); t++)
             tile(q, first + t, count * LANES, (char *)weights + t * LANES * (q->half ? 2 : 4));
     }
 }
@@ -191,8 +193,7 @@ int gramian_codes(const Codes *q, int batch, const void *x, void *y, int threads
     if (!apart) return 1;
     float *sums = apart + rows * width, *row = sums + rows * groups, middle = ((1 << q->bits) - 1) / 2.0f;
     for (int64_t b = 0; b < batch; b++) {
-        for (int64_t i = 0; i < q->in; i++) row[i] = one(x, b * q->in + i, q->half);
-        for (int64_t k = 0; k < q->rounds; k++) rotate(row, q->in, q->signs + k * q->in, q->rotation);
+        rotated(q, x, b, row);
         for (int64_t g = 0; g < groups; g++) {
             const float *from = row + g * q->group;
             int64_t count = q->in - g * q->group < q->group ? q->in - g * q->group : q->group;
@@ -202,11 +203,10 @@ int gramian_codes(const Codes *q, int batch, const void *x, void *y, int threads
             memcpy(apart + b * width + g * span, from, count * sizeof(float));
         }
     }
-    int64_t work = q->out * q->in * batch;
-    if (threads > 1 + work / SMALL) threads = 1 + work / SMALL;
+    threads = worth(threads, q->out * q->in * batch);
     Tile *const (*kind)[4] = TABLES[1 + table_of(q)];
     PARALLEL(threads) {
-        int64_t lo = tiles * this_thread() / all_threads(), hi = tiles * (this_thread() + 1) / all_threads();
+        int64_t lo = share(tiles, this_thread()), hi = share(tiles, this_thread() + 1);
         int most = SIDE_BY_SIDE[size_of(batch)]; /* for all rows, those left over at the end too */
         for (int64_t t = lo, wide; t < hi; t += wide) {
             wide = t + most <= hi ? most : 1;

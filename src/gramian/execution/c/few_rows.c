@@ -14,7 +14,6 @@
 #define AHEAD 4096  /* bytes that are asked for before they are needed, */
 #define FIRST 8192  /* and of each stack, while the one before it is still at work */
 #define CHUNK 65536 /* numbers of a weight that a cache holds, while more than BATCH rows meet them */
-#define SMALL 8192  /* multiplications that a second thread is worth */
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -34,11 +33,6 @@ typedef struct {
     const int32_t *take;
     int64_t count, taken, columns, half;
 } Chain;
-
-INLINE Vector many(const void *values, int64_t at, int half) {
-    if (!half) return *(const Vector *)((const float *)values + at);
-    return (Vector)(__builtin_convertvector(*(const Halves *)((const uint16_t *)values + at), Words) << 16);
-}
 
 /* Sums over a vector ---------------------------------------------------------------------------------------------------- */
 
@@ -146,10 +140,10 @@ static void product(const Stack *s, int half, int batch, int64_t lo, int64_t hi,
         }
 }
 
-/* The part of a stack's outputs that a thread makes. */
-INLINE int64_t part(const Stack *s, int thread, int all) {
+/* Where the part of a stack's outputs begins that a thread makes. */
+INLINE int64_t part(const Stack *s, int thread) {
     int64_t made = s->groups * s->out;
-    return thread == all ? made : made / OUTPUTS * thread / all * OUTPUTS;
+    return thread == all_threads() ? made : share(made / OUTPUTS, thread) * OUTPUTS;
 }
 
 INLINE void ask(const Stack *s, int64_t output, int half) {
@@ -186,16 +180,16 @@ int gramian_few_rows(const Chain *chain, int batch, const void *x, const void *b
     if (last->sparse)
         for (int b = 0; b < batch; b++)
             for (int64_t i = 0; i < last->size; i++) put(y, b * last->size + i, bias ? one(bias, i, half) : 0, half);
-    if (threads > 1 + work / SMALL) threads = 1 + work / SMALL;
+    threads = worth(threads, work);
     PARALLEL(threads) {
-        int thread = this_thread(), all = all_threads();
+        int thread = this_thread();
         const float *from = gather ? gathered : x;
         int64_t width = taken;
         float *to = scratch;
-        ask(stacks, part(stacks, thread, all), half);
+        ask(stacks, part(stacks, thread), half);
         for (int k = 0; k < count; k++) {
             const Stack *s = stacks + k;
-            int64_t made = s->groups * s->out, lo = part(s, thread, all), hi = part(s, thread + 1, all);
+            int64_t made = s->groups * s->out, lo = part(s, thread), hi = part(s, thread + 1);
             int end = k + 1 == count, direct = !s->place && !(end && (half || bias));
             if (direct) product(s, half, batch, lo, hi, from, width, end ? (float *)y : to, made);
             else product(s, half, batch, lo, hi, from, width, flat, made);
@@ -209,7 +203,7 @@ int gramian_few_rows(const Chain *chain, int batch, const void *x, const void *b
                         else to[b * s->size + place] = value;
                     }
             if (end) break;
-            ask(s + 1, part(s + 1, thread, all), half);
+            ask(s + 1, part(s + 1, thread), half);
             BARRIER;
             from = to;
             width = s->size;

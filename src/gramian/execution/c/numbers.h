@@ -40,6 +40,14 @@ INLINE int this_thread(void) { return 0; }
 INLINE int all_threads(void) { return 1; }
 #endif
 
+/* Where the share of a thread begins, of so many things in order; the next one's begins where it ends. */
+INLINE int64_t share(int64_t count, int thread) { return count * thread / all_threads(); }
+
+#define SMALL 8192 /* multiplications that a second thread is worth */
+INLINE int worth(int threads, int64_t multiplications) {
+    return threads > 1 + multiplications / SMALL ? 1 + multiplications / SMALL : threads;
+}
+
 /* Number `at` of an array of float32, or bfloat16 (half). */
 INLINE float one(const void *values, int64_t at, int half) {
     if (!half) return ((const float *)values)[at];
@@ -47,6 +55,11 @@ INLINE float one(const void *values, int64_t at, int half) {
     float value;
     memcpy(&value, &word, 4);
     return value;
+}
+
+INLINE Vector many(const void *values, int64_t at, int half) {
+    if (!half) return *(const Vector *)((const float *)values + at);
+    return (Vector)(__builtin_convertvector(*(const Halves *)((const uint16_t *)values + at), Words) << 16);
 }
 
 /* float32 to bfloat16: to the nearest, ties to even; what is no number stays none. */
